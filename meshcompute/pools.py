@@ -1,0 +1,196 @@
+"""Pools and pins: names, the pin that is current in this context, and keys salted with it.
+
+Covers what a pin is and which one holds where a line of the user's program stands. Does not cover how a pin
+reaches Dask's graphs (:mod:`meshcompute.taskgraph`), clients (:mod:`meshcompute.clients`) or schedulers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import dask
+
+from meshcompute.errors import PoolNameError
+
+__all__ = [
+    "ANNOTATION",
+    "POOL_PREFIX",
+    "UNPINNED",
+    "Pin",
+    "current_pin",
+    "pin_of_annotations",
+    "pools_of_resources",
+    "resource_of",
+    "split_resources",
+    "validate_pool_name",
+]
+
+#: A worker belongs to pool x when it has the resource ``pool-x``; the name is the published prototype's.
+POOL_PREFIX = "pool-"
+
+#: The annotation that carries a pin. A key that Dask does not know stops blockwise fusion across pools
+#: (``dask.blockwise._can_fuse_annotations``).
+ANNOTATION = "pool"
+
+# ``dask worker --resources`` splits its text at commas and white space, then at "=".
+_UNUSABLE = re.compile(r"[\s,=\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Where a task must run: one of these pools, and what else it asks of a worker.
+
+    Parameters
+    ----------
+    pools
+        Names of the pools where the data is. Several names are replicas: the planner picks. No name means
+        "no pin, whatever surrounds it" (``pool(None)``).
+    resources
+        Other worker resources that the task asks for, as sorted (name, amount) pairs.
+
+    Notes
+    -----
+    Unpickling a pin makes this process respect pins: a collection that was pinned elsewhere must not lose its
+    pin because nobody called ``pool()`` here.
+    """
+
+    pools: tuple[str, ...]
+    resources: tuple[tuple[str, float], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_pin, (self.pools, self.resources)
+
+    def __dask_tokenize__(self) -> tuple[Any, ...]:
+        return "meshcompute.Pin", self.pools, self.resources
+
+    def __str__(self) -> str:
+        return " or ".join(self.pools) or "no pool"
+
+
+#: The pin of ``pool(None)``.
+UNPINNED = Pin(())
+
+
+def _receive_pin(pools: tuple[str, ...], resources: tuple[tuple[str, float], ...]) -> Pin:
+    activate()
+    return Pin(pools, resources)
+
+
+_is_active = False
+
+
+def activate() -> None:
+    """Make this process respect pins. Idempotent and cheap after the first call.
+
+    Notes
+    -----
+    This is the one place that reaches up a layer: what has to be hooked lives in :mod:`meshcompute.clients`,
+    and a pin that arrives by pickle in a process that never imported it must still be respected.
+    """
+    global _is_active  # noqa: PLW0603 - one flag of the process
+    if not _is_active:
+        importlib.import_module("meshcompute.clients").install()
+        _is_active = True
+
+
+def validate_pool_name(name: object) -> str:
+    """Check a pool's name.
+
+    Parameters
+    ----------
+    name
+        The name, without the prefix ``pool-``.
+
+    Returns
+    -------
+    str
+        The same name.
+
+    Raises
+    ------
+    PoolNameError
+        It is no text, empty, or holds a character that ``dask worker --resources`` cannot carry.
+    """
+    if not isinstance(name, str):
+        raise PoolNameError(name, f"a name is text, not {type(name).__name__}")
+    if not name:
+        raise PoolNameError(name, 'it is empty; pool(None) means "no pin"')
+    if match := _UNUSABLE.search(name):
+        raise PoolNameError(name, f"{match.group()!r} cannot be part of a Dask worker resource")
+    if name.startswith(POOL_PREFIX):
+        raise PoolNameError(name, f"leave out the prefix {POOL_PREFIX!r}: write {name.removeprefix(POOL_PREFIX)!r}")
+    return name
+
+
+def resource_of(pool: str) -> str:
+    """Name of the worker resource that stands for a pool."""
+    return POOL_PREFIX + pool
+
+
+def pools_of_resources(resources: Iterable[str] | None) -> tuple[str, ...]:
+    """Names of the pools among the names of resources, sorted."""
+    return tuple(sorted(r.removeprefix(POOL_PREFIX) for r in resources or () if r.startswith(POOL_PREFIX)))
+
+
+def split_resources(resources: Mapping[str, float]) -> tuple[tuple[str, ...], dict[str, float]]:
+    """Split what a task asks for into pools and the rest.
+
+    Parameters
+    ----------
+    resources
+        Worker resources, name to amount.
+
+    Returns
+    -------
+    tuple of str
+        Pools, sorted.
+    dict
+        All other resources.
+    """
+    rest = {name: amount for name, amount in resources.items() if not name.startswith(POOL_PREFIX)}
+    return pools_of_resources(resources), rest
+
+
+def pin_of_annotations(annotations: Mapping[str, Any] | None) -> Pin | None:
+    """Read the pin that a set of annotations stands for.
+
+    Parameters
+    ----------
+    annotations
+        Annotations of a layer, a task or the surrounding block.
+
+    Returns
+    -------
+    Pin or None
+        None where nothing is said about pools.
+
+    Notes
+    -----
+    ``dask.annotate(resources={"pool-ecmwf": 1})``, the long form of the reference, counts as a pin. The
+    annotation ``pool`` wins over it. Resources given as a function of the key are left to Dask.
+    """
+    if not annotations:
+        return None
+    resources = annotations.get("resources")
+    pools, rest = split_resources(resources) if isinstance(resources, Mapping) else ((), {})
+    value = annotations.get(ANNOTATION)
+    pin = value if isinstance(value, Pin) else None
+    if pin is None and isinstance(value, Mapping):  # the plain form that travels to the scheduler
+        name = value.get("name")
+        pin = Pin((name,)) if name else UNPINNED
+    if pin is None:
+        if not pools:
+            return None
+        pin = Pin(pools)
+    if pin.pools and rest and not pin.resources:
+        pin = Pin(pin.pools, tuple(sorted(rest.items())))
+    return pin
+
+
+def current_pin() -> Pin | None:
+    """Return the pin of the innermost ``pool()`` block around this line, None outside of any."""
+    return pin_of_annotations(dask.get_annotations())

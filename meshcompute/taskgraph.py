@@ -1,0 +1,511 @@
+"""Pins inside Dask's task graphs: the one door to Dask's graph internals.
+
+Covers how a pin survives optimisation: a layer's pin (its annotation) is put on the layer's tasks themselves
+before Dask fuses them, and found again, whatever the nesting, when the graph is about to run; fused tasks that
+would need two pools are taken apart; values are relayed so that they cross to a pool once.
+Does not cover which pool a task gets (:mod:`meshcompute.placement`, :mod:`meshcompute.planning`).
+
+Runs in the client's process and in the scheduler's; imports nothing that a stock scheduler may lack.
+
+Notes
+-----
+Why on the tasks: low-level fusion turns the layers of arrays and bags into one plain dict and drops every
+annotation (dask#7036), and client-side optimisation (``dask.optimize``, ``delayed(f)(array)``) does the same
+to all kinds of collections. A task object is kept by all of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import toolz
+from dask._expr import Expr, LLGExpr
+from dask._task_spec import Alias, GraphNode, Task, TaskRef, _execute_subgraph, convert_legacy_graph
+from dask.blockwise import Blockwise
+from dask.core import flatten
+from dask.highlevelgraph import HighLevelGraph, Layer, MaterializedLayer
+from dask.tokenize import tokenize
+from dask.typing import Key
+from dask.utils import key_split
+
+from meshcompute.errors import UnsupportedPinError
+from meshcompute.pools import ANNOTATION, Pin, activate, pin_of_annotations, split_resources
+
+__all__ = [
+    "PinnedTask",
+    "extract_pins",
+    "has_pins",
+    "layers_of",
+    "materialize",
+    "optimize_array",
+    "optimize_bag",
+    "optimize_delayed",
+    "pinned",
+    "relay",
+    "split_conflicts",
+]
+
+Graph = dict[Key, GraphNode]
+
+
+class PinnedTask(Task):
+    """A task that knows its pin.
+
+    It lives between the creation of a collection and the scheduler: :func:`extract_pins` turns it back into a
+    plain task, so that workers need not know the class.
+    """
+
+    __slots__ = ("_pin",)
+    _pin: Pin
+
+    def __init__(
+        self, key: Any, func: Callable[..., Any], /, *args: Any, _pin: Pin, _data_producer: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(key, func, *args, _data_producer=_data_producer, **kwargs)
+        self._pin = _pin
+
+    def copy(self) -> PinnedTask:
+        return type(self)(
+            self.key, self.func, *self.args, _pin=self._pin, _data_producer=self._data_producer, **self.kwargs
+        )
+
+    def __setstate__(self, state: Any) -> None:
+        activate()  # see Pin: a pin that arrives by pickle is respected here
+        super().__setstate__(state)
+
+
+def _is_p2p(task: object) -> bool:
+    # P2P tasks are recognised by their class on the scheduler: never wrap or rebuild one.
+    return type(task).__name__.startswith("P2P")
+
+
+def pinned(task: GraphNode, pin: Pin) -> GraphNode:
+    """Put a pin on a task.
+
+    Parameters
+    ----------
+    task
+        Any node of a graph.
+    pin
+        The pin. A task that has one already keeps it.
+
+    Returns
+    -------
+    GraphNode
+        A task with the same key and result. The barrier of a P2P shuffle comes back as it is: the planner
+        keeps it with its neighbours.
+    """
+    if type(task) is Task:
+        if task.func is _execute_subgraph and any(_has_pin(t) for t in task.args[0].values()):
+            inner = {k: pinned(t, pin) for k, t in task.args[0].items()}
+            return Task(task.key, task.func, inner, *task.args[1:], _data_producer=task._data_producer)
+        return PinnedTask(
+            task.key, task.func, *task.args, _pin=pin, _data_producer=task._data_producer, **task.kwargs
+        )
+    if isinstance(task, PinnedTask) or _is_p2p(task):
+        return task
+    value: Any = TaskRef(task.target) if isinstance(task, Alias) else task
+    return PinnedTask(task.key, toolz.identity, value, _pin=pin, _data_producer=task.data_producer)
+
+
+def _has_pin(task: object) -> bool:
+    return any(True for _ in _pins_in(task))
+
+
+def _plain(task: PinnedTask) -> Task:
+    # Task.__init__ walks the arguments for dependencies, which are known here: 1 us instead of 3.
+    new = Task.__new__(Task)
+    new.key, new.func, new.args, new.kwargs = task.key, task.func, task.args, task.kwargs
+    new._dependencies = task._dependencies
+    new._data_producer = task._data_producer
+    new._is_coro = new._token = new._repr = None
+    return new
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Before fusion: layers -> tasks
+
+
+def has_pins(expr: Any) -> bool:
+    """Report whether an expression holds a pin anywhere.
+
+    Parameters
+    ----------
+    expr
+        A Dask expression, before or after optimisation.
+    """
+    for node in _walk(expr):
+        for operand in node.operands:
+            if isinstance(operand, HighLevelGraph):
+                if any(_layer_has_pin(layer) for layer in operand.layers.values()):
+                    return True
+            elif isinstance(operand, Mapping):
+                if any(_has_pin(t) for t in operand.values()):
+                    return True
+        if getattr(node, "has_pin", False):  # a dataframe's pinned node
+            return True
+    return False
+
+
+def _layer_has_pin(layer: Layer) -> bool:
+    if pin_of_annotations(layer.annotations) is not None:
+        return True
+    if isinstance(layer, MaterializedLayer):
+        return any(_has_pin(t) for t in layer.mapping.values())
+    return isinstance(layer, Blockwise) and _has_pin(layer.task)
+
+
+def _walk(expr: Any) -> Iterator[Any]:
+    stack, seen = [expr], set()
+    while stack:
+        node = stack.pop()
+        if not isinstance(node, Expr) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        yield node
+        stack.extend(node.operands)
+
+
+def layers_of(expr: Any) -> dict[str, Layer]:
+    """Collect the layers of an expression as they were before optimisation.
+
+    Parameters
+    ----------
+    expr
+        A Dask expression.
+
+    Returns
+    -------
+    dict
+        Layer by name: they know chunks and dtypes, which fused tasks no longer do.
+    """
+    layers: dict[str, Layer] = {}
+    for node in _walk(expr):
+        for operand in node.operands:
+            if isinstance(operand, HighLevelGraph):
+                layers.update(operand.layers)
+    return layers
+
+
+def _mark(hlg: HighLevelGraph) -> HighLevelGraph:
+    """Put each pinned layer's pin on its tasks, and let layers of one pool be fused with each other."""
+    pins = {name: pin for name, layer in hlg.layers.items() if (pin := pin_of_annotations(layer.annotations))}
+    groups = _fusion_groups(hlg, pins)
+    layers: dict[str, Layer] = {}
+    all_keys: set[Key] | None = None
+    for name, layer in hlg.layers.items():
+        pin = pins.get(name)
+        group = groups.get(name)
+        annotations = _without_pin(layer.annotations)
+        if group is not None:
+            annotations = {**annotations, ANNOTATION: group}
+        if pin is None and annotations == (layer.annotations or {}):
+            layers[name] = layer
+            continue
+        new = copy.copy(layer)
+        if pin is not None:
+            if isinstance(new, Blockwise):
+                new.task = pinned(new.task, pin)
+                new.__dict__.pop("_cached_dict", None)
+            else:
+                if all_keys is None:
+                    all_keys = set(hlg.get_all_external_keys())
+                tasks = convert_legacy_graph(dict(layer), all_keys)
+                new = MaterializedLayer({k: pinned(t, pin) for k, t in tasks.items()})
+                new.collection_annotations = layer.collection_annotations
+        new.annotations = annotations or None
+        layers[name] = new
+    return HighLevelGraph(layers, hlg.dependencies)
+
+
+def _without_pin(annotations: Mapping[str, Any] | None) -> dict[str, Any]:
+    kept = {k: v for k, v in (annotations or {}).items() if k != ANNOTATION}
+    if isinstance(resources := kept.get("resources"), Mapping):
+        kept["resources"] = split_resources(resources)[1]
+        if not kept["resources"]:
+            del kept["resources"]
+    return kept
+
+
+def _fusion_groups(hlg: HighLevelGraph, pins: Mapping[str, Pin]) -> dict[str, Pin]:
+    """Say which layers may be fused with each other.
+
+    Blockwise fusion happens between layers whose annotations are equal. A layer without a pin that reads the
+    data of one pin only, or that is read by such layers only, may be fused with them, as stock Dask would.
+    """
+    order = hlg._toposort_layers()
+    groups: dict[str, Pin | None] = {name: pin for name, pin in pins.items() if pin.pools}
+    for names, neighbours in ((order, hlg.dependencies), (reversed(order), hlg.dependents)):
+        for name in names:
+            if name in groups or name in pins:
+                continue
+            near = {groups.get(n) for n in neighbours[name]}
+            if len(near) == 1 and (pin := near.pop()) is not None:
+                groups[name] = pin
+    return {name: pin for name, pin in groups.items() if pin is not None}
+
+
+def _optimize(stock: Callable[..., Any], dsk: Any, keys: Any, **kwargs: Any) -> Any:
+    if not isinstance(dsk, HighLevelGraph) or not any(
+        pin_of_annotations(layer.annotations) is not None for layer in dsk.layers.values()
+    ):
+        return stock(dsk, keys, **kwargs)
+    result = stock(_mark(dsk), keys, **kwargs)
+    if isinstance(result, HighLevelGraph):  # fusion is off: the groups have done their work, the tasks have the pins
+        layers = {}
+        for name, layer in result.layers.items():
+            if layer.annotations and ANNOTATION in layer.annotations:
+                layer = copy.copy(layer)
+                layer.annotations = _without_pin(layer.annotations) or None
+            layers[name] = layer
+        result = HighLevelGraph(layers, result.dependencies)
+    return result
+
+
+def optimize_array(dsk: Any, keys: Any, **kwargs: Any) -> Any:
+    """Optimise a graph of arrays as Dask does, keeping pins (configuration key ``array_optimize``)."""
+    from dask.array.optimization import optimize
+
+    return _optimize(optimize, dsk, keys, **kwargs)
+
+
+def optimize_bag(dsk: Any, keys: Any, **kwargs: Any) -> Any:
+    """Optimise a graph of bags as Dask does, keeping pins (configuration key ``bag_optimize``)."""
+    from dask.bag.core import optimize
+
+    return _optimize(optimize, dsk, keys, **kwargs)
+
+
+def optimize_delayed(dsk: Any, keys: Any, **kwargs: Any) -> Any:
+    """Optimise a graph of delayed calls as Dask does, keeping pins (configuration key ``delayed_optimize``)."""
+    from dask.delayed import optimize
+
+    return _optimize(optimize, dsk, keys, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# After fusion: tasks -> pins
+
+
+def materialize(expr: Any, keys: Iterable[Key]) -> tuple[Graph, dict[str, dict[Key, Any]]]:
+    """Turn an expression into the tasks that will run.
+
+    Parameters
+    ----------
+    expr
+        An optimised Dask expression.
+    keys
+        What the client asked for.
+
+    Returns
+    -------
+    dict
+        Task by key, fused, without what nobody needs.
+    dict
+        Annotations: value by key, by kind.
+    """
+    graph = convert_legacy_graph(expr.__dask_graph__())
+    annotations = {kind: dict(values) for kind, values in expr.__dask_annotations__().items()}
+    if isinstance(expr, LLGExpr):  # other expressions cull by themselves; the scheduler does it only for its own kind
+        needed, stack = {}, list(keys)
+        while stack:
+            key = stack.pop()
+            if key not in needed and key in graph:
+                needed[key] = graph[key]
+                stack.extend(graph[key].dependencies)
+        graph = needed
+    return graph, annotations
+
+
+def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
+    """Take the pins off the tasks.
+
+    Parameters
+    ----------
+    graph
+        Tasks as Dask's optimisation left them. Not changed.
+
+    Returns
+    -------
+    dict
+        The same tasks without anything of ours in them.
+    dict
+        Pin by key, for the tasks that have one. A fused task has what all its parts allow.
+    """
+    pins: dict[Key, Pin] = {}
+    plain: Graph = {}
+    extractor = _Extractor()
+    for key, task in split_conflicts(graph).items():
+        task, pin = extractor(task)
+        plain[key] = task
+        if pin is not None:
+            pins[key] = pin
+    return plain, pins
+
+
+class _Extractor:
+    """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one)."""
+
+    def __init__(self) -> None:
+        self._subgraphs: dict[int, tuple[dict[Key, Any], Any, Pin | None]] = {}
+
+    def __call__(self, task: GraphNode) -> tuple[GraphNode, Pin | None]:
+        kind = type(task)
+        pin = None
+        if kind is PinnedTask:
+            pin = task._pin
+            task = _plain(task)
+        elif not isinstance(task, Task):
+            return task, None
+        if task.func is _execute_subgraph:
+            inner, inner_pin = self._subgraph(task.args[0])
+            if inner is not task.args[0]:
+                task = _with_args(task, (inner, *task.args[1:]))
+            return task, _both(pin, inner_pin)
+        for i, arg in enumerate(task.args):
+            if isinstance(arg, Task):
+                new, arg_pin = self(arg)
+                if new is not arg:
+                    task = _with_args(task, (*task.args[:i], new, *task.args[i + 1 :]))
+                pin = _both(pin, arg_pin)
+        return task, pin
+
+    def _subgraph(self, graph: dict[Key, Any]) -> tuple[dict[Key, Any], Pin | None]:
+        if (known := self._subgraphs.get(id(graph))) is not None:
+            return known[1], known[2]
+        pin = None
+        new = {}
+        is_changed = False
+        for key, task in graph.items():
+            new[key], task_pin = self(task)
+            is_changed |= new[key] is not task
+            pin = _both(pin, task_pin)
+        result = new if is_changed else graph
+        self._subgraphs[id(graph)] = graph, result, pin  # the graph itself, so that its id stays taken
+        return result, pin
+
+
+def _with_args(task: Task, args: tuple[Any, ...]) -> Task:
+    new = copy.copy(task) if type(task) is not Task else _plain(task)  # type: ignore[arg-type]
+    new.args = args
+    new._token = new._repr = None
+    return new
+
+
+def _both(a: Pin | None, b: Pin | None) -> Pin | None:
+    """What two parts of one task allow together."""
+    if a is None or b is None or a == b:
+        return a if b is None else b
+    resources = tuple(sorted(toolz.merge_with(max, dict(a.resources), dict(b.resources)).items()))
+    if not a.pools or not b.pools:
+        return Pin(a.pools or b.pools, resources)
+    pools = tuple(p for p in a.pools if p in b.pools)
+    if not pools:
+        raise UnsupportedPinError(
+            f"One task reads data of pool {a} and of pool {b} in a single step that Dask does not let us take apart. "
+            "Open each pool's data inside its own pool() block and combine them outside."
+        )
+    return Pin(pools, resources)
+
+
+def split_conflicts(graph: Graph) -> Graph:
+    """Take fused tasks apart whose parts must run in different pools.
+
+    Parameters
+    ----------
+    graph
+        Tasks as Dask's optimisation left them.
+
+    Returns
+    -------
+    dict
+        The same graph where nothing conflicts; otherwise one with the parts as tasks of their own.
+
+    Notes
+    -----
+    A linear chain pinned to a, then to b, is one task after Dask's low-level fusion, and no worker could run it.
+    """
+    result: Graph | None = None
+    checked: dict[int, tuple[Any, bool]] = {}
+    for key, task in graph.items():
+        if not (isinstance(task, Task) and task.func is _execute_subgraph):
+            continue
+        inner = task.args[0]
+        if (known := checked.get(id(inner))) is None:
+            known = checked[id(inner)] = inner, _conflicts(inner)
+        if known[1]:
+            if result is None:
+                result = dict(graph)
+            result.update(_taken_apart(key, task))
+    return graph if result is None else split_conflicts(result)
+
+
+def _conflicts(inner: Mapping[Key, Any]) -> bool:
+    found = {frozenset(p.pools) for t in inner.values() for p in _pins_in(t) if p.pools}
+    return len(found) > 1 and not frozenset.intersection(*found)
+
+
+def _pins_in(task: Any) -> Iterator[Pin]:
+    if isinstance(task, PinnedTask):
+        yield task._pin
+    if isinstance(task, Task):
+        parts = task.args[0].values() if task.func is _execute_subgraph else task.args
+        for part in parts:
+            if isinstance(part, Task):
+                yield from _pins_in(part)
+
+
+def _taken_apart(key: Key, task: Task) -> Graph:
+    inner, outkey, inkeys, *values = task.args
+    new_keys = {k: f"{key_split(k)}-{tokenize(key, k)}" for k in inner}
+    new_keys[outkey] = key  # type: ignore[assignment]
+    substitutes: dict[Key, Any] = {**new_keys, **dict(zip(inkeys, values, strict=True))}
+    parts = {}
+    for k, part in inner.items():
+        subs = {d: substitutes[d] for d in part.dependencies if d in substitutes}
+        parts[new_keys[k]] = part.substitute(subs, key=new_keys[k])
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Relays
+
+
+def relay(graph: Graph, source: Key, consumers: Iterable[Key], pool: str) -> Key:
+    """Let several tasks of one pool read a value of another pool through one task of their own pool.
+
+    Parameters
+    ----------
+    graph
+        The tasks; changed in place.
+    source
+        Key of the value.
+    consumers
+        Keys of the tasks that read it.
+    pool
+        Their pool.
+
+    Returns
+    -------
+    Key
+        Key of the new task: it has to run in ``pool``.
+
+    Notes
+    -----
+    Without it the value crosses once per worker that wants it, and often once more after that: a gather takes
+    any holder. The relay fetches it once; its readers find it in their own pool.
+    """
+    name, *index = source if isinstance(source, tuple) else (source,)
+    new_name = f"relay-{pool}-{name}"
+    key: Key = (new_name, *index) if isinstance(source, tuple) else new_name
+    graph[key] = Task(key, toolz.identity, TaskRef(source))
+    for consumer in consumers:
+        graph[consumer] = graph[consumer].substitute({source: key})
+    return key
+
+
+def output_keys(keys: Any) -> set[Key]:
+    """Flatten nested lists of keys."""
+    return set(flatten(keys)) if isinstance(keys, list) else set(keys)
