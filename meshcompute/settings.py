@@ -15,6 +15,8 @@ from dask.utils import parse_timedelta
 __all__ = ["DEFAULTS", "setting", "setting_seconds"]
 
 DEFAULTS: dict[str, Any] = {
+    # Place tasks that have no pin (what propagate_pools() switches on).
+    "propagate": False,
     # How long work that is pinned to a pool waits for the pool's first worker before it fails.
     "missing-pool-timeout": "30s",
 }

@@ -42,6 +42,7 @@ __all__ = [
     "optimize_array",
     "optimize_bag",
     "optimize_delayed",
+    "optimize_with",
     "pinned",
     "relay",
     "split_conflicts",
@@ -247,7 +248,20 @@ def _fusion_groups(hlg: HighLevelGraph, pins: Mapping[str, Pin]) -> dict[str, Pi
     return {name: pin for name, pin in groups.items() if pin is not None}
 
 
-def _optimize(stock: Callable[..., Any], dsk: Any, keys: Any, **kwargs: Any) -> Any:
+def optimize_with(stock: Callable[..., Any], dsk: Any, keys: Any, **kwargs: Any) -> Any:
+    """Optimise a graph with a given function, keeping pins.
+
+    Parameters
+    ----------
+    stock
+        An optimiser as Dask's collections have them: graph and keys in, graph out.
+    dsk
+        The graph.
+    keys
+        The keys that are wanted.
+    **kwargs
+        Passed on.
+    """
     if not isinstance(dsk, HighLevelGraph) or not any(
         pin_of_annotations(layer.annotations) is not None for layer in dsk.layers.values()
     ):
@@ -268,21 +282,21 @@ def optimize_array(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     """Optimise a graph of arrays as Dask does, keeping pins (configuration key ``array_optimize``)."""
     from dask.array.optimization import optimize
 
-    return _optimize(optimize, dsk, keys, **kwargs)
+    return optimize_with(optimize, dsk, keys, **kwargs)
 
 
 def optimize_bag(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     """Optimise a graph of bags as Dask does, keeping pins (configuration key ``bag_optimize``)."""
     from dask.bag.core import optimize
 
-    return _optimize(optimize, dsk, keys, **kwargs)
+    return optimize_with(optimize, dsk, keys, **kwargs)
 
 
 def optimize_delayed(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     """Optimise a graph of delayed calls as Dask does, keeping pins (configuration key ``delayed_optimize``)."""
     from dask.delayed import optimize
 
-    return _optimize(optimize, dsk, keys, **kwargs)
+    return optimize_with(optimize, dsk, keys, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,3 +523,13 @@ def relay(graph: Graph, source: Key, consumers: Iterable[Key], pool: str) -> Key
 def output_keys(keys: Any) -> set[Key]:
     """Flatten nested lists of keys."""
     return set(flatten(keys)) if isinstance(keys, list) else set(keys)
+
+
+def is_shuffle_barrier(task: GraphNode) -> bool:
+    """Report whether a task is the barrier of a P2P shuffle: all its readers run where it runs."""
+    return type(task).__name__ == "P2PBarrierTask"
+
+
+def name_of(key: Key) -> str:
+    """Name of a task's kind, as the dashboard shows it."""
+    return str(key_split(key))

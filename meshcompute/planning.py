@@ -1,0 +1,333 @@
+"""From an expression to a plan: a pool for every task, before anything runs.
+
+Covers the composition: materialise the user's expression, take the pins off its tasks, estimate sizes, look up
+what is in memory already, place, add relays, and write the result as annotations that the scheduler obeys.
+:class:`PlannedExpression` is what a client sends in place of the user's expression: Dask evaluates it in the
+thread that it keeps for graphs, so that planning never holds the scheduler's event loop.
+Does not cover the decision itself (:mod:`meshcompute.placement`) or what happens at run time
+(:mod:`meshcompute.scheduling`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dask._task_spec import GraphNode
+from dask.typing import Key
+
+from meshcompute import placement, taskgraph
+from meshcompute.errors import UnsupportedPinError
+from meshcompute.live import EmptyView, Known, SchedulerView, View
+from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, resource_of, split_resources
+from meshcompute.sizes import estimate_nbytes
+
+__all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a client asks for.
+
+    Parameters
+    ----------
+    keys
+        Keys whose values the client wants.
+    pin
+        Pin of the block in which the computation was started: for tasks without one of their own.
+    resources
+        Worker resources that every task of this computation asks for.
+    is_propagating
+        Place the tasks without a pin, too.
+    """
+
+    keys: tuple[Key, ...]
+    pin: Pin | None = None
+    resources: Mapping[str, float] = field(default_factory=dict)
+    is_propagating: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The plan, in the terms of Dask.
+
+    Parameters
+    ----------
+    tasks
+        Task by key, relays included, with nothing of ours in it.
+    annotations
+        Annotations: value by key, by kind.
+    pool_by_key
+        Pool of every task that has one, and of the values in memory that they read.
+    pinned
+        Keys that their pin, not the planner, put there.
+    nbytes_by_key
+        Estimated bytes of every value; measured ones for values in memory.
+    relays
+        Key of the relayed value by key of the relay.
+    keys
+        What the client asked for.
+    """
+
+    tasks: Mapping[Key, GraphNode]
+    annotations: Mapping[str, Mapping[Key, Any]]
+    pool_by_key: Mapping[Key, str]
+    pinned: frozenset[Key]
+    nbytes_by_key: Mapping[Key, float]
+    relays: Mapping[Key, Key]
+    keys: tuple[Key, ...]
+
+
+def assign(expr: Any, request: Request, view: View) -> Assignment:
+    """Give the tasks of an expression their pools.
+
+    Parameters
+    ----------
+    expr
+        An optimised Dask expression.
+    request
+        What the client asks for.
+    view
+        What the cluster holds.
+
+    Returns
+    -------
+    Assignment
+        The plan.
+
+    Raises
+    ------
+    UnsupportedPinError
+        Tasks that Dask cannot take apart are pinned to different pools.
+    """
+    layers = taskgraph.layers_of(expr)
+    tasks, annotations = taskgraph.materialize(expr, request.keys)
+    tasks, pins = taskgraph.extract_pins(tasks)
+    _add_annotated_pins(pins, annotations)
+    if request.pin is not None and request.pin.pools:
+        pins = {key: pins.get(key, request.pin) for key in tasks}
+    pins = {key: pin for key, pin in pins.items() if pin.pools}
+    known = {key: seen for key in tasks if (seen := view.known(key)) is not None}
+    known |= {
+        key: seen
+        for key in {dep for task in tasks.values() for dep in task.dependencies} - tasks.keys()
+        if (seen := view.known(key)) is not None
+    }
+    for key, seen in known.items():
+        if key in tasks and seen.task is not None:
+            tasks[key] = seen.task  # its inputs must stay what they were: see Scheduler._generate_taskstates
+    if not pins and not (request.is_propagating and any(seen.pools for seen in known.values())):
+        return Assignment(
+            tasks=tasks,
+            annotations=annotations,
+            pool_by_key={},
+            pinned=frozenset(),
+            nbytes_by_key={},
+            relays={},
+            keys=request.keys,
+        )
+    nbytes: dict[Key, float] = {}
+    if request.is_propagating or any(len(pin.pools) > 1 for pin in pins.values()):
+        nbytes = estimate_nbytes(tasks, layers)
+        nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
+        pool_by_key = _place(tasks, pins, known, nbytes, view.pools())
+        if not request.is_propagating:
+            pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in pins}
+    else:
+        pool_by_key = {key: pin.pools[0] for key, pin in pins.items()}
+    relays = _relays(tasks, pool_by_key, known) if request.is_propagating else {}
+    for key, source in relays.items():
+        if source in nbytes:
+            nbytes[key] = nbytes[source]
+    _annotate(annotations, tasks, pool_by_key, pins, request.resources)
+    return Assignment(
+        tasks=tasks,
+        annotations=annotations,
+        pool_by_key=pool_by_key,
+        pinned=frozenset(pins),
+        nbytes_by_key=nbytes,
+        relays=relays,
+        keys=request.keys,
+    )
+
+
+def _add_annotated_pins(pins: dict[Key, Pin], annotations: dict[str, dict[Key, Any]]) -> None:
+    """Read the pins of layers that no optimiser has touched (``optimize_graph=False``, delayed)."""
+    by_key = annotations.pop(ANNOTATION, {})
+    resources = annotations.get("resources", {})
+    for key in by_key.keys() | {key for key, value in resources.items() if isinstance(value, Mapping)}:
+        pin = pin_of_annotations({ANNOTATION: by_key.get(key), "resources": resources.get(key)})
+        if pin is not None:
+            pins.setdefault(key, pin)
+
+
+def _place(
+    tasks: Mapping[Key, GraphNode],
+    pins: Mapping[Key, Pin],
+    known: Mapping[Key, Known],
+    nbytes: Mapping[Key, float],
+    present: Iterable[str],
+) -> dict[Key, str]:
+    """Translate keys to integers, place, translate back."""
+    keys = [*tasks, *(key for key in known if key not in tasks)]
+    index = {key: i for i, key in enumerate(keys)}
+    names = sorted({p for pin in pins.values() for p in pin.pools} | {p for seen in known.values() for p in seen.pools})
+    number = {name: i for i, name in enumerate(names)}
+    is_present = set(present)
+    allowed: dict[tuple[str, ...], tuple[int, ...]] = {}
+
+    def numbers(pools: tuple[str, ...]) -> tuple[int, ...]:
+        if pools not in allowed:  # of several replicas, those whose pool has workers
+            usable = [p for p in pools if p in is_present] or pools
+            allowed[pools] = tuple(number[p] for p in usable)
+        return allowed[pools]
+
+    dependencies: list[list[int]] = []
+    pinned: list[tuple[int, ...] | None] = []
+    together = []
+    for key in keys:
+        seen = known.get(key)
+        if seen is not None and seen.is_in_memory:
+            dependencies.append([])
+            pinned.append(numbers(seen.pools) if seen.pools else None)
+            continue
+        task = tasks.get(key)
+        deps = task.dependencies if task is not None else ()
+        dependencies.append([index[d] for d in deps if d in index])
+        pin = pins.get(key)
+        if pin is not None:
+            pinned.append(numbers(pin.pools))
+        elif seen is not None and seen.pools:
+            pinned.append(numbers(seen.pools))
+        else:
+            pinned.append(None)
+    for key, task in tasks.items():
+        if taskgraph.is_shuffle_barrier(task):
+            together.append(
+                [index[key], *(index[k] for k, t in tasks.items() if key in t.dependencies)]
+            )
+    graph = placement.Graph(
+        dependencies=dependencies,
+        nbytes=[nbytes.get(key, 0.0) for key in keys],
+        pins=pinned,
+        together=together,
+    )
+    try:
+        pools = placement.place(graph, len(names))
+    except placement.ContradictingPinsError as exc:
+        group = [taskgraph.name_of(keys[i]) for i in exc.tasks]
+        raise UnsupportedPinError(
+            f"A shuffle or rechunk has outputs pinned to different pools ({', '.join(sorted(set(group)))}). "
+            "Rechunk the data of each pool on its own, or outside of any pool() block."
+        ) from exc
+    return {key: names[pool] for key, pool in zip(keys, pools, strict=True) if pool >= 0}
+
+
+def _relays(tasks: dict[Key, GraphNode], pool_by_key: dict[Key, str], known: Mapping[Key, Known]) -> dict[Key, Key]:
+    """Add a relay wherever several tasks of one pool read one value of another."""
+    readers: dict[tuple[Key, str], list[Key]] = defaultdict(list)
+    for key, task in tasks.items():
+        pool = pool_by_key.get(key)
+        if pool is None or (key in known and known[key].task is not None):
+            continue
+        for dep in task.dependencies:
+            if pool_by_key.get(dep, pool) != pool and not (dep in known and pool in known[dep].pools):
+                readers[dep, pool].append(key)
+    relays = {}
+    for (source, pool), consumers in readers.items():
+        if len(consumers) > 1:
+            key = taskgraph.relay(tasks, source, consumers, pool)
+            relays[key] = source
+            pool_by_key[key] = pool
+    return relays
+
+
+def _annotate(
+    annotations: dict[str, dict[Key, Any]],
+    tasks: Mapping[Key, GraphNode],
+    pool_by_key: Mapping[Key, str],
+    pins: Mapping[Key, Pin],
+    common: Mapping[str, float],
+) -> None:
+    """Write pools as the annotations that the scheduler and the guard obey."""
+    given = annotations.get("resources", {})
+    resources: dict[Key, Any] = dict(given)
+    notes: dict[Key, Any] = {}
+    # The same few dictionaries serve all tasks: a million of their own would be slow and large.
+    shared = functools.cache(lambda pool, extra: {**common, **dict(extra), resource_of(pool): 0})
+    note = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned})
+    for key, pool in pool_by_key.items():
+        if key not in tasks:
+            continue
+        pin = pins.get(key)
+        extra = pin.resources if pin is not None else ()
+        if key in given and isinstance(given[key], Mapping):
+            extra = tuple(sorted({**split_resources(given[key])[1], **dict(extra)}.items()))
+        resources[key] = shared(pool, extra)
+        notes[key] = note(pool, pin is not None)
+    annotations["resources"] = resources
+    annotations[ANNOTATION] = notes
+
+
+class PlannedExpression:
+    """What a client sends to its scheduler in place of the user's expression.
+
+    Parameters
+    ----------
+    expr
+        The user's expression, optimised as far as the client does that.
+    request
+        What the client asks for.
+    scheduler_id
+        ``Scheduler.id`` of the scheduler that it is sent to.
+
+    Notes
+    -----
+    Unpickling it on that scheduler installs the guard: so a graph never runs without it, whether the client is
+    asynchronous, the scheduler was started again, or another client was first. Unpickling happens on the event
+    loop; the plan is made in the scheduler's thread for graphs, by the two methods that Dask calls there.
+    """
+
+    def __init__(self, expr: Any, request: Request, scheduler_id: str) -> None:
+        self.expr = expr
+        self.request = request
+        self.scheduler_id = scheduler_id
+        self.view: View = EmptyView()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"expr": self.expr, "request": self.request, "scheduler_id": self.scheduler_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.view = EmptyView()
+        if (scheduler := find_scheduler(self.scheduler_id)) is not None:
+            install_guard(scheduler)
+            self.view = SchedulerView(scheduler)
+
+    @functools.cached_property
+    def assignment(self) -> Assignment:
+        """The plan, made when it is first asked for."""
+        return assign(self.expr, self.request, self.view)
+
+    def __dask_graph__(self) -> dict[Key, GraphNode]:
+        return dict(self.assignment.tasks)
+
+    def __dask_annotations__(self) -> dict[str, dict[Key, Any]]:
+        return {kind: dict(values) for kind, values in self.assignment.annotations.items()}
+
+
+def find_scheduler(scheduler_id: str) -> Any:
+    """Find a scheduler of this process by its id, None if there is none."""
+    from distributed import Scheduler
+
+    return next((s for s in list(Scheduler._instances) if s.id == scheduler_id), None)
+
+
+def install_guard(scheduler: Any) -> None:
+    """Install the guard on a scheduler of this process. Idempotent."""
+    from meshcompute.scheduling import Guard
+
+    Guard.install(scheduler)
