@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dask._task_spec import GraphNode
+from dask._task_spec import Alias, GraphNode
 from dask.typing import Key
 
 from meshcompute import placement, taskgraph
@@ -106,6 +106,9 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     layers = taskgraph.layers_of(expr)
     tasks, annotations = taskgraph.materialize(expr, request.keys)
     tasks, pins = taskgraph.extract_pins(tasks)
+    for key, task in tasks.items():  # a task that was renamed by fusion leaves its old key behind
+        if isinstance(task, Alias) and task.target in pins:
+            pins.setdefault(key, pins[task.target])
     _add_annotated_pins(pins, annotations)
     if request.pin is not None and request.pin.pools:
         pins = {key: pins.get(key, request.pin) for key in tasks}

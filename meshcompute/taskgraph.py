@@ -289,7 +289,20 @@ def optimize_bag(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     """Optimise a graph of bags as Dask does, keeping pins (configuration key ``bag_optimize``)."""
     from dask.bag.core import optimize
 
-    return optimize_with(optimize, dsk, keys, **kwargs)
+    if not isinstance(dsk, HighLevelGraph) or not any(_layer_has_pin(layer) for layer in dsk.layers.values()):
+        return optimize(dsk, keys, **kwargs)
+    # Its last pass builds every task anew (dask.bag.core.lazify), so that the pins have to wait outside.
+    tasks, pins = extract_pins(as_tasks(_mark(dsk)))
+    result: Graph = {}
+    for key, task in optimize(tasks, keys, **kwargs).items():
+        if isinstance(task, Task) and task.func is _execute_subgraph:
+            inner = {k: pinned(t, pins[k]) if k in pins else t for k, t in task.args[0].items()}
+            result[key] = Task(key, task.func, inner, *task.args[1:], _data_producer=task._data_producer)
+        elif key in pins and not isinstance(task, Alias):
+            result[key] = pinned(task, pins[key])
+        else:
+            result[key] = task
+    return result
 
 
 def optimize_delayed(dsk: Any, keys: Any, **kwargs: Any) -> Any:
@@ -533,3 +546,16 @@ def is_shuffle_barrier(task: GraphNode) -> bool:
 def name_of(key: Key) -> str:
     """Name of a task's kind, as the dashboard shows it."""
     return str(key_split(key))
+
+
+def inner_keys(task: GraphNode) -> tuple[Key, ...]:
+    """Keys of the tasks that were fused into a task, none if it was not fused."""
+    if isinstance(task, Task) and task.func is _execute_subgraph:
+        inner = task.args[0]
+        return (*inner, *(key for part in inner.values() for key in inner_keys(part)))
+    return ()
+
+
+def as_tasks(graph: Mapping[Key, Any]) -> Graph:
+    """Convert a graph that may hold tuples, as old code writes it, to task objects."""
+    return dict(convert_legacy_graph(graph))
