@@ -12,18 +12,34 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "get_pool": "planning",
+    "Crossing": "explaining",
+    "Plan": "explaining",
+    "errors": "",
+    "explain": "explaining",
+    "filesystem": "remote",
+    "get_pool": "explaining",
+    "measure_traffic": "traffic",
+    "open_dataframe": "remote",
+    "open_dataset": "remote",
+    "open_mfdataset": "remote",
+    "open_zarr": "remote",
+    "plot_traffic": "plots",
     "pool": "clients",
     "propagate_pools": "clients",
+    "propagate_pools_in_collection": "explaining",
+    "visualize_pools": "plots",
 }
 
-__all__ = sorted([*_HOME_OF, "errors"])  # noqa: PLE0605
+__all__ = list(_HOME_OF)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(f"meshcompute.{_HOME_OF[name]}"), name)
-    raise AttributeError(f"module 'meshcompute' has no attribute {name!r}")
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'meshcompute' has no attribute {name!r}")
+    if not home:
+        return importlib.import_module(f"meshcompute.{name}")
+    return getattr(importlib.import_module(f"meshcompute.{home}"), name)
 
 
 def __dir__() -> list[str]:
