@@ -6,7 +6,7 @@ their data (:mod:`meshcompute.sampledata`) or the sites (:mod:`meshcompute.embed
 Notes
 -----
 The same steps run on the sites that the demo starts and on a cluster that somebody else started: the data is written
-by a worker of its site, and nothing but the scheduler is ever asked to know a worker.
+by a worker of its site.
 """
 
 from __future__ import annotations
@@ -138,20 +138,9 @@ class Demo:
 
     def _deliver(self, sites: _Sites, delivered: ExitStack) -> tuple[str, str]:
         """Let a worker of each site write its file; where the sites are not ours, it is removed in the end."""
-        contents: tuple[Callable[[str], int], ...]
-        if self.reference:
-            contents = (
-                _Generate(sampledata.write_predictions, self.scale),
-                _Generate(sampledata.write_observations, self.scale),
-            )
-        else:
-            contents = (
-                _Copy(sampledata.scenario_file("A1B").read_bytes()),
-                _Copy(sampledata.scenario_file("E1").read_bytes()),
-            )
         sites.client.subscribe_topic(PROGRESS_TOPIC, lambda event: self.say(f"   {event[1]}"))
         paths = []
-        for site, file, write in zip(sites.names, self.showcase.files, contents, strict=True):
+        for site, file, write in zip(sites.names, self.showcase.files, self._writers(), strict=True):
             path = str(sites.folder(site) / file)
             if self.scheduler is not None:
                 delivered.callback(sites.run_on_hosts, site, _remove, str(sites.folder(site).parent))
@@ -160,6 +149,14 @@ class Demo:
             self.say(f"   {site}: {path} ({format_bytes(nbytes)})")
         sites.client.unsubscribe_topic(PROGRESS_TOPIC)
         return paths[0], paths[1]
+
+    def _writers(self) -> tuple[Callable[[str], int], Callable[[str], int]]:
+        if self.reference:
+            return (
+                _Generate(sampledata.write_predictions, self.scale),
+                _Generate(sampledata.write_observations, self.scale),
+            )
+        return _Copy(sampledata.scenario_file("A1B").read_bytes()), _Copy(sampledata.scenario_file("E1").read_bytes())
 
     def _show_failure(self, sites: _Sites, paths: tuple[str, str]) -> None:
         """Run the calculation as anybody would, where no site can read the other's file."""

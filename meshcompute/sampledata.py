@@ -199,8 +199,9 @@ def _smooth_field(random: Any, n_latitude: int, n_longitude: int) -> Any:
 
     rows = np.fft.fftfreq(n_latitude, 1 / n_latitude)[:, None]
     columns = np.fft.rfftfreq(n_longitude, 1 / n_longitude)[None, :]
-    # Beyond wavenumber 3 the spectrum of the atmosphere's large scales falls with its cube; amplitude: 3/2, and
-    # half a power more for two dimensions.
+    # The energy of the atmosphere's large scales falls with the cube of the wavenumber (here: beyond 3). A ring of the
+    # plane has as many modes as its wavenumber, so a mode's energy falls with the fourth power, its amplitude with
+    # the second.
     amplitude = 1 / (9 + rows**2 + columns**2)
     noise = random.standard_normal(amplitude.shape) + 1j * random.standard_normal(amplitude.shape)
     noise[0, 0] = 0

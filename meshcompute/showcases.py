@@ -80,14 +80,14 @@ class Scenarios:
         """
         last = result.isel(decade=-1)
         decade = int(last.decade)
-        figure = Figure(figsize=(8, 8), layout="constrained")
+        figure = Figure(figsize=(8, 7.5), layout="constrained")
         upper, lower = figure.subplots(2, 1, height_ratios=[3, 1])
         mesh = upper.pcolormesh(
             last.longitude - 360, last.latitude, last, cmap="YlOrRd", vmin=0, vmax=float(np.ceil(last.max()))
         )
-        _label_map(upper)
+        _label_map(upper, aspect=1.3)  # a degree of longitude is that much shorter in the middle of the map
         upper.set_title(
-            f"North America in the {decade}s: scenario A1B warmer than E1\ndifference of the decade's means"
+            f"North America in the {decade}s: scenario A1B warmer than E1\ndifference of the decades' means"
         )
         figure.colorbar(mesh, ax=upper, label="air temperature at 1.5 m, A1B − E1 [K]")
         # A degree of latitude is worth its cosine of area.
@@ -149,18 +149,18 @@ class Ensemble:
         """
         field = result.to_array()[0, ..., 0] / 100
         limit = float(np.abs(field).max())
-        figure = Figure(figsize=(9, 5.5), layout="constrained")
+        figure = Figure(figsize=(9, 4.8), layout="constrained")
         axes = figure.subplots()
         mesh = axes.pcolormesh(field.longitude, field.latitude, field, cmap="RdBu_r", vmin=-limit, vmax=limit)
         _label_map(axes)
         axes.set_title(f"Ensemble mean minus observations at {float(result.height):g} m (synthetic fields)")
-        figure.colorbar(mesh, ax=axes, label="air pressure, difference [hPa]", shrink=0.8)
+        figure.colorbar(mesh, ax=axes, label="air pressure, difference [hPa]")
         figure.savefig(path, dpi=120)
 
 
-def _label_map(axes: Any) -> None:
+def _label_map(axes: Any, *, aspect: float = 1.0) -> None:
     """Give a map of longitude and latitude the axes that it deserves."""
-    axes.set_aspect("equal")
+    axes.set_aspect(aspect)
     axes.set(xlabel="longitude", ylabel="latitude")
     axes.xaxis.set_major_formatter(FuncFormatter(lambda degrees, _: _compass(degrees, "W", "E")))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda degrees, _: _compass(degrees, "S", "N")))
