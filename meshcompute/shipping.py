@@ -13,7 +13,6 @@ inside anything.
 from __future__ import annotations
 
 import functools
-import importlib
 import pickle
 import sys
 from collections.abc import Iterable
@@ -27,7 +26,7 @@ import meshcompute
 
 __all__ = ["Shipment", "by_value"]
 
-#: What a scheduler needs of us, in the order of import. Nothing here imports more than Dask does.
+#: What a scheduler needs of us. Nothing here imports more than Dask does.
 SCHEDULER_MODULES = (
     "errors",
     "settings",
@@ -35,12 +34,16 @@ SCHEDULER_MODULES = (
     "placement",
     "sizes",
     "taskgraph",
+    "pinnedframes",
     "frames",
+    "schedulerqueue",
+    "schedulerextensions",
     "schedulerstate",
     "scheduling",
+    "live",
     "planning",
-    "clients",
     "shipping",
+    "clients",
 )
 
 
@@ -197,8 +200,3 @@ def _receive_by_value() -> tuple[Any, ...]:
 
 _RECEIVE = _Receive()
 
-
-def load_scheduler_modules() -> None:
-    """Import everything that a scheduler needs, so that a missing piece shows at once."""
-    for name in SCHEDULER_MODULES:
-        importlib.import_module(f"meshcompute.{name}")
