@@ -1,0 +1,197 @@
+"""Pins of dask.dataframe: what is created in a ``pool()`` block gets a pin.
+
+Covers the hooks: the constructor of frames, through which all of them pass, and the ways by which arrays, bags and
+delayed objects become frames. Does not cover how a frame carries its pin (:mod:`meshcompute.pinnedframes`).
+
+Notes
+-----
+dask.dataframe takes about a second to import and is never imported here. Where it is loaded later, even inside of a
+block, its modules are hooked as they are loaded; the finder that waits for them is gone when both have been.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import dask
+from dask._task_spec import Alias, TaskRef
+from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
+from dask.tokenize import tokenize
+from dask.utils import key_split
+
+from meshcompute.pools import ANNOTATION, current_pin, pin_of_annotations
+from meshcompute.taskgraph import optimize_with
+
+__all__ = ["activate"]
+
+
+def activate() -> None:
+    """Give frames that are created in a ``pool()`` block their pin, from now on in this process. Idempotent."""
+    missing = {}
+    for name, hook in _HOOKS.items():
+        if name in sys.modules:
+            # Another thread may be in the middle of importing it: this waits.
+            hook(importlib.import_module(name))
+        else:
+            missing[name] = hook
+    if missing and not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher(missing))
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Hook modules as they are imported first, then leave."""
+
+    def __init__(self, hooks: Mapping[str, Callable[[ModuleType], None]]) -> None:
+        self.hooks = dict(hooks)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.hooks:
+            return None
+        for finder in sys.meta_path:
+            if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
+                self._hook_after(spec)
+                return spec
+        return None
+
+    def _hook_after(self, spec: importlib.machinery.ModuleSpec) -> None:
+        loader: Any = spec.loader  # made for this import alone
+        execute = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.hooks.pop(module.__name__)(module)
+            if not self.hooks:
+                sys.meta_path.remove(self)
+
+        loader.exec_module = exec_module
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The constructor of frames
+
+
+def _hook_collection(module: Any) -> None:
+    """Hook ``dask.dataframe.dask_expr._collection``."""
+    original = module.FrameBase.__init__
+    if getattr(original, "carries_pins", False):
+        return
+
+    def __init__(self: Any, expr: Any) -> None:  # noqa: N807 - it becomes this method
+        original(self, _with_pin(_with_pins_on_tasks(expr)))
+
+    __init__.carries_pins = True  # type: ignore[attr-defined]
+    module.FrameBase.__init__ = __init__
+    module.get_annotations = _other_annotations
+
+
+def _other_annotations() -> dict[str, Any]:
+    """Annotations that dask.dataframe ignores, and rightly warns about: all but the pin."""
+    annotations: dict[str, Any] = dask.get_annotations()
+    if (pin := pin_of_annotations(annotations)) is None:
+        return annotations
+    carried = {ANNOTATION, "resources"} if pin.pools else {ANNOTATION}
+    return {key: value for key, value in annotations.items() if key not in carried}
+
+
+def _with_pin(expr: Any) -> Any:
+    pin = current_pin()
+    if pin is None or not pin.pools:
+        return expr
+    from meshcompute.pinnedframes import PinnedFrame, PinnedGraph
+
+    if isinstance(expr, (PinnedFrame, PinnedGraph)) or _is_in_memory(expr):
+        return expr
+    return PinnedFrame(expr, pin)
+
+
+def _is_in_memory(expr: Any) -> bool:
+    """Say whether a frame is made of futures: its data is where it is."""
+    from dask.dataframe.dask_expr.io.io import FromGraph
+
+    return isinstance(expr, FromGraph) and all(isinstance(task, TaskRef) for task in expr.operand("layer").values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From other kinds of collections
+
+# Expressions that were looked at before: every step of a query passes here with all the steps before it.
+_seen: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+
+
+def _with_pins_on_tasks(expr: Any) -> Any:
+    """Put the pins of graphs that a frame is made of, which are annotations of layers, on their tasks."""
+    from dask.dataframe.dask_expr._expr import DelayedsExpr, _DelayedExpr
+    from dask.dataframe.dask_expr.io.io import FromGraph
+
+    found = []
+    stack = [expr]
+    while stack:
+        node = stack.pop()
+        if _seen.get(node._name) is not None:
+            continue
+        _seen[node._name] = node
+        if isinstance(node, (FromGraph, DelayedsExpr, _DelayedExpr)):
+            found.append(node)
+        stack.extend(node.dependencies())
+    for node in found:
+        if isinstance(node, FromGraph):
+            new = node.substitute_parameters({"layer": _tasks_with_pins(node.operand("layer"))})
+        else:
+            new = type(node)(*(_delayed_with_pins(operand) for operand in node.operands))
+        expr = expr.substitute(node, new)
+    return expr
+
+
+def _has_pinned_layers(graph: Any) -> bool:
+    return isinstance(graph, HighLevelGraph) and any(
+        pin_of_annotations(layer.annotations) is not None for layer in graph.layers.values()
+    )
+
+
+def _unchanged(dsk: Any, _keys: Any) -> Any:
+    return dsk
+
+
+def _tasks_with_pins(graph: Any) -> Any:
+    return dict(optimize_with(_unchanged, graph, [])) if _has_pinned_layers(graph) else graph
+
+
+def _delayed_with_pins(value: Any) -> Any:
+    from dask.delayed import Delayed
+
+    if not isinstance(value, Delayed) or not _has_pinned_layers(value.dask):
+        return value
+    # Under a new key, because dask.dataframe keeps one expression per key.
+    key = f"{key_split(value.key)}-{tokenize('pinned', value.key)}"
+    graph = optimize_with(_unchanged, value.dask, [])
+    alias = MaterializedLayer({key: Alias(key, value.key)})
+    layers, dependencies = {**graph.layers, key: alias}, {**graph.dependencies, key: {value.layer}}
+    return Delayed(key, HighLevelGraph(layers, dependencies))
+
+
+def _hook_io(module: Any) -> None:
+    """Hook ``dask.dataframe.io.io``: from_dask_array() turns the array's graph into a dict first."""
+    original = module.ensure_dict
+    if getattr(original, "carries_pins", False):
+        return
+
+    def ensure_dict(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(_tasks_with_pins(graph), *args, **kwargs)
+
+    ensure_dict.carries_pins = True  # type: ignore[attr-defined]
+    module.ensure_dict = ensure_dict
+
+
+_HOOKS: Mapping[str, Callable[[Any], None]] = {
+    "dask.dataframe.dask_expr._collection": _hook_collection,
+    "dask.dataframe.io.io": _hook_io,
+}

@@ -1,0 +1,363 @@
+"""Expressions of dask.dataframe that carry a pin.
+
+Covers two expressions. :class:`PinnedFrame` marks what was created in a ``pool()`` block; projections, filters and
+the like that are made outside of the block still pass through it into the read. When Dask lowers it, it becomes a
+:class:`PinnedGraph`: a leaf whose tasks carry the pin, so that no fusion can mix two pools, and whose keys are those
+of its pool, so that the same read at two sites is two reads.
+Does not cover which frames get a pin (:mod:`meshcompute.frames`). Imports pandas, and therefore only where frames
+are used.
+
+How, for ``(A.x + B.y).sum()`` with A read in pool a and B in pool b::
+
+    Sum                          Sum                              Sum
+    └── Add                      └── Add                          └── Add
+        ├── x                        ├── PinnedFrame a                ├── PinnedGraph a: read, fused
+        │   └── PinnedFrame a        │   └── read, columns x          └── PinnedGraph b: read, fused
+        │       └── read             └── PinnedFrame b
+        └── y                            └── read, columns y
+            └── PinnedFrame b
+                └── read
+         as written                    simplified                        lowered
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import dask
+from dask._task_spec import Alias, GraphNode, convert_legacy_graph
+from dask.dataframe.dask_expr._expr import (
+    Blockwise,
+    Expr,
+    Filter,
+    Head,
+    Index,
+    Lengths,
+    Literal,
+    Projection,
+    Tail,
+    _DelayedExpr,
+    is_valid_blockwise_op,
+    plain_column_projection,
+)
+from dask.dataframe.dask_expr._merge import HashJoinP2P
+from dask.dataframe.dask_expr._reductions import Len
+from dask.dataframe.dask_expr._shuffle import P2PShuffle
+from dask.tokenize import tokenize
+from dask.typing import Key
+from dask.utils import key_split
+
+from meshcompute.pools import ANNOTATION, Pin, current_pin
+from meshcompute.taskgraph import pinned
+
+__all__ = ["PinnedFrame", "PinnedGraph"]
+
+# The key of a P2P barrier is made of the shuffle's id, and scheduler and workers take the one for the other.
+_P2P = (P2PShuffle, HashJoinP2P)
+
+
+@contextlib.contextmanager
+def _inside(pin: Pin) -> Iterator[None]:
+    """Evaluate the inside of a pinned frame as its block would: some expressions compute (``set_index``)."""
+    with dask.annotate(**{ANNOTATION: pin}):
+        yield
+
+
+def _dependents_of(expr: Any, dependents: Any) -> list[Any]:
+    return [found for reference in dependents[expr._name] if (found := reference()) is not None]
+
+
+class PinnedFrame(Blockwise):  # type: ignore[misc]
+    """A frame that must be made in one of the pools of its pin.
+
+    Parameters
+    ----------
+    frame
+        The frame's expression.
+    pin
+        The pin.
+
+    Notes
+    -----
+    It is block-wise, because Dask then sees that a frame and what was derived from it in the block are aligned,
+    and takes partitions from inside; but it never becomes a task. Dask asks children about their parents with the
+    dependents of the whole query: what several frames of one pool have in common stays a leaf of its own and is
+    read once, everything else is merged into one.
+    """
+
+    _parameters = ["frame", "pin"]  # noqa: RUF012 - as Dask's expressions declare theirs
+    _preserves_partitioning_information = True
+    _filter_passthrough = True
+    has_pin = True
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        with _inside(self.operand("pin")):
+            return self.frame._meta
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return f"pinned-{key_split(self.frame._name)}-{self.deterministic_token}"
+
+    @property
+    def npartitions(self) -> int:
+        with _inside(self.operand("pin")):
+            return int(self.frame.npartitions)
+
+    def _divisions(self) -> Any:
+        with _inside(self.operand("pin")):
+            return self.frame.divisions
+
+    def _wrap(self, frame: Any) -> PinnedFrame:
+        return type(self)(frame, self.operand("pin"))
+
+    def _task(self, name: Key, index: int) -> Any:
+        raise NotImplementedError("A pinned frame has no tasks before it is lowered. Optimise the frame first.")
+
+    def _layer(self) -> dict[Key, GraphNode]:
+        # dask.optimize() asks expressions for their graph as they are.
+        lowered = self._lower()
+        graph: dict[Key, GraphNode] = dict(lowered.__dask_graph__())
+        for i in range(self.npartitions):
+            graph[self._name, i] = Alias((self._name, i), (lowered._name, i))
+        return graph
+
+    # Simplification
+
+    def simplify_once(self, dependents: Any, simplified: Any) -> Any:
+        merged = self._merged(dependents)
+        if merged._name != self._name:
+            return merged
+        with _inside(self.operand("pin")):
+            return super().simplify_once(dependents=dependents, simplified=simplified)
+
+    def _merged(self, dependents: Any) -> Any:
+        """Merge with the pinned frames inside that nobody else reads."""
+        frame, pin = self.frame, self.operand("pin")
+        if isinstance(frame, (PinnedFrame, PinnedGraph)):
+            return frame
+        inside = {self._name, *(node._name for node in frame.walk())}
+
+        def own(node: Any) -> bool:
+            is_same = isinstance(node, PinnedFrame) and node.operand("pin") == pin
+            return is_same and inside.issuperset(d._name for d in _dependents_of(node, dependents))
+
+        while (inner := next(filter(own, frame.walk()), None)) is not None:
+            frame = frame.substitute(inner, inner.frame)
+            if isinstance(frame, (PinnedFrame, PinnedGraph)):
+                return frame
+            inside.update(node._name for node in frame.walk())
+        return self if frame is self.frame else self._wrap(frame)
+
+    def _filter_passthrough_available(self, parent: Any, dependents: Any) -> bool:
+        return _reads_only(parent.predicate, self) and super()._filter_passthrough_available(parent, dependents)
+
+    def _simplify_up(self, parent: Any, dependents: Any) -> Any:
+        """Let steps that leave less to carry pass into the pool."""
+        if isinstance(parent, Projection):
+            return plain_column_projection(self, parent, dependents) if self.ndim == 2 else None
+        if isinstance(parent, Filter):
+            if parent.frame._name == self._name and self._filter_passthrough_available(parent, dependents):
+                return self._filter_simplification(parent)
+            return None
+        if type(parent) in (Head, Tail):
+            return self._wrap(type(parent)(self.frame, *parent.operands[1:]))
+        if isinstance(parent, Index):
+            others = [d for d in _dependents_of(self, dependents) if not isinstance(d, Index)]
+            return None if others or self.ndim < 2 else self._wrap(Index(self.frame))
+        if isinstance(parent, (Len, Lengths)):
+            return self._known_length(type(parent))
+        return None
+
+    def _known_length(self, kind: Any) -> Any:
+        """Length as the file's metadata has it, as Dask answers ``len(df)`` without reading."""
+        frame = self.frame.frame if isinstance(self.frame, Index) else self.frame
+        with _inside(self.operand("pin")):
+            length = kind(frame).simplify()
+        return length if isinstance(length, Literal) else None
+
+    def _rewritten(self, kind: str, rewritten: Any) -> Any:
+        with _inside(self.operand("pin")):
+            return super().rewrite(kind, rewritten)
+
+    rewrite = _rewritten
+
+    # Lowering
+
+    def _lower(self) -> Any:
+        pin = self.operand("pin")
+        with _inside(pin):
+            frame = self.frame.lower_completely().simplify()
+        return _pinned_graph(_with_own_shuffles(frame, pin, {}), pin, [])
+
+
+def _reads_only(predicate: Any, frame: Any) -> bool:
+    """Say whether a predicate reads nothing but this frame, so that it can be evaluated in the frame's pool."""
+    stack = [predicate]
+    while stack:
+        node = stack.pop()
+        if node._name == frame._name or isinstance(node, Literal):
+            continue
+        if isinstance(node, PinnedFrame):
+            if node.operand("pin") != frame.operand("pin"):
+                return False
+            continue
+        inputs = node.dependencies()
+        if not inputs:
+            return False
+        stack.extend(inputs)
+    return True
+
+
+def _with_own_shuffles(expr: Any, pin: Pin, done: dict[str, Any]) -> Any:
+    """Give the P2P shuffles of an expression ids of this pool: their keys cannot be renamed afterwards."""
+    if expr._name in done:
+        return done[expr._name]
+    operands = expr.operands
+    if not isinstance(expr, PinnedGraph):
+        operands = [_with_own_shuffles(o, pin, done) if isinstance(o, Expr) else o for o in operands]
+    new = expr
+    if any(a is not b for a, b in zip(operands, expr.operands, strict=True)):
+        new = type(expr)(*operands)
+    if isinstance(expr, _P2P):
+        new = type(expr)(*operands, _determ_token=tokenize("pool", pin, new.deterministic_token))
+    done[expr._name] = new
+    return new
+
+
+def _pinned_graph(frame: Any, pin: Pin, inputs: Sequence[Any]) -> Any:
+    """Make the leaf of a lowered frame, which reads these inputs and any pinned graph."""
+    if isinstance(frame, PinnedGraph):
+        return frame
+    names = {node._name for node in inputs}
+    found = [node for node in _own_nodes(frame, names) if isinstance(node, PinnedGraph) or node._name in names]
+    return PinnedGraph((frame,), pin, *found)
+
+
+def _own_nodes(expr: Any, inputs: Collection[str]) -> Iterator[Any]:
+    """Walk an expression down to its inputs (by name) and the pinned graphs in it, both included."""
+    stack, seen = [expr], set()
+    while stack:
+        node = stack.pop()
+        if node._name in seen:
+            continue
+        seen.add(node._name)
+        yield node
+        if not (isinstance(node, PinnedGraph) or node._name in inputs):
+            stack.extend(node.dependencies())
+
+
+class PinnedGraph(Expr):  # type: ignore[misc]
+    """The graph of a pinned frame: lowered, and closed to everything that Dask does later.
+
+    Parameters
+    ----------
+    frames
+        The frame's lowered expression, in a tuple, which hides it from Dask's rewriting.
+    pin
+        The pin.
+    *inputs
+        What the frame reads: pinned graphs, of this or other pools, and delayed values without a pin.
+
+    Notes
+    -----
+    Block-wise steps that were made outside of the block and read only this frame join it, as stock Dask would fuse
+    them with the read: a partial sum runs where its partition is.
+    """
+
+    _parameters = ["frames", "pin"]  # noqa: RUF012 - as Dask's expressions declare theirs
+    has_pin = True
+
+    @property
+    def _frame(self) -> Any:
+        return self.operand("frames")[0]
+
+    @functools.cached_property
+    def _fused(self) -> Any:
+        return self._frame.fuse()
+
+    @functools.cached_property
+    def _name(self) -> str:
+        if isinstance(self._frame, _P2P):
+            return str(self._frame._name)
+        return f"{key_split(self._fused._name)}-{self.deterministic_token}"
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        return self._frame._meta
+
+    @property
+    def npartitions(self) -> int:
+        return int(self._frame.npartitions)
+
+    def _divisions(self) -> Any:
+        return self._frame.divisions
+
+    @functools.cached_property
+    def unique_partition_mapping_columns_from_shuffle(self) -> Any:
+        return self._frame.unique_partition_mapping_columns_from_shuffle
+
+    def _simplify_up(self, parent: Any, dependents: Any) -> Any:
+        pin = self.operand("pin")
+        around = current_pin()
+        if not is_valid_blockwise_op(parent) or (around is not None and around.pools and around != pin):
+            return None
+        inputs = parent.dependencies()
+        graphs = [node for node in inputs if isinstance(node, PinnedGraph) and node.operand("pin") == pin]
+        # Dask rewrites other expressions, and names with them, after this.
+        if len(graphs) < sum(not isinstance(node, _DelayedExpr) for node in inputs):
+            return None
+        frame = parent
+        for graph in graphs:
+            if {d._name for d in _dependents_of(graph, dependents)} == {parent._name}:
+                frame = frame.substitute(graph, graph._frame)
+                inputs += graph.dependencies()
+        return None if frame is parent else _pinned_graph(frame, pin, inputs)
+
+    def _tree_repr_lines(self, indent: int = 0, recursive: bool = True) -> list[str]:
+        header = " " * indent + f"PinnedGraph: {self.operand('pin')}"
+        return [header, *self._frame._tree_repr_lines(indent + 2, recursive)] if recursive else [header]
+
+    def _layer(self) -> dict[Key, GraphNode]:
+        layers: dict[Key, Any] = {}
+        fixed: set[Key] = set()
+        inputs = {node._name for node in self.dependencies()}
+        for node in _own_nodes(self._fused, inputs):
+            if node._name in inputs:
+                continue
+            layer = node._layer()
+            layers.update(layer)
+            if isinstance(node, _P2P):
+                fixed.update(layer)
+        outside = {(node._name, i) for node in self.dependencies() for i in range(node.npartitions)}
+        tasks: dict[Key, GraphNode] = convert_legacy_graph(layers, layers.keys() | outside)
+        keys = self._keys(tasks, fixed)
+        readers = Counter(dep for task in tasks.values() for dep in task.dependencies)
+        pin = self.operand("pin")
+        graph = {}
+        for old, task in tasks.items():
+            new = task if old in fixed else task.substitute(keys, key=keys[old])
+            if old in fixed:
+                new = task.substitute(keys)
+            if not (isinstance(task, Alias) and readers[task.target] <= 1):  # such an alias vanishes on the scheduler
+                new = pinned(new, pin)
+            graph[new.key] = new
+        return graph
+
+    def _keys(self, tasks: dict[Key, GraphNode], fixed: set[Key]) -> dict[Key, Key]:
+        """Choose new keys, by old ones, for the tasks of this pool."""
+        pin, names = self.operand("pin"), {self._fused._name: self._name}
+        keys: dict[Key, Key] = {}
+        for key in tasks:
+            name, *index = key if isinstance(key, tuple) else (key,)
+            if key in fixed:
+                keys[key] = key
+                continue
+            if name not in names:
+                names[name] = f"{key_split(name)}-{tokenize('pool', pin, name)}"
+            keys[key] = (names[name], *index) if isinstance(key, tuple) else names[name]
+        return keys
