@@ -1,0 +1,392 @@
+"""Workers and queued tasks of a scheduler, kept per lane. A part of the door to distributed's scheduler internals.
+
+Covers what a task's pool is on the scheduler (:func:`pool_of`), which workers can take it (:class:`Lane`) and the
+two collections of a scheduler that have to know lanes: its queue and its set of workers with free slots. Does not
+cover any decision: :mod:`meshcompute.schedulerstate` asks, and acts.
+
+Notes
+-----
+A *lane* is a set of demands on workers, for example ``{"pool-ecmwf": 0}`` or ``{"pool-ecmwf": 0, "GPU": 1}``,
+with the workers that meet it. Tasks of one lane are interchangeable for the scheduler, tasks of two are not: the
+front task of one cluster-wide queue could belong to a full pool while another pool idles.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping, MutableSet
+from typing import Any, TypeVar, cast
+
+from distributed.collections import HeapSet
+
+from meshcompute.pools import ANNOTATION, POOL_PREFIX
+
+__all__ = ["IdleWorkers", "Lane", "Lanes", "PoolQueue", "assign_pool", "drop_pool", "is_pinned", "or_stock", "pool_of"]
+
+logger = logging.getLogger(__name__)
+
+Decision = TypeVar("Decision", bound=Callable[..., Any])
+
+# Beyond this many lanes, those without queued tasks are forgotten: amounts such as MEMORY=1.37e9 can differ per task.
+_MAX_LANES = 64
+
+
+def or_stock(default: Any) -> Callable[[Decision], Decision]:
+    """Make a decision about pools harmless when it fails: log it, so that the stock path can decide.
+
+    Parameters
+    ----------
+    default
+        What is returned instead. The caller takes the stock path then.
+
+    Returns
+    -------
+    callable
+        A decorator for methods of a scheduler or of an extension of one, methods that decide and change nothing.
+    """
+
+    def decorate(decide: Decision) -> Decision:
+        @functools.wraps(decide)
+        def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+            try:
+                return decide(self, *args, **kwargs)
+            except Exception:
+                counts = getattr(self, "scheduler", self).pool_counts
+                counts["failures"] += 1
+                if counts["failures"] <= 10:  # one per task would fill the disk
+                    logger.exception("A decision about pools failed, Dask decides. decision=%s", decide.__name__)
+                return default
+
+        return cast("Decision", wrapper)
+
+    return decorate
+
+
+def pool_of(ts: Any) -> str | None:
+    """Name of the pool that a task is held to, None for every task that is not ours.
+
+    Parameters
+    ----------
+    ts
+        The scheduler's state of a task.
+
+    Returns
+    -------
+    str or None
+        The pool, without its prefix. A resource demand that somebody wrote by hand, without the annotation, is
+        left to Dask.
+    """
+    restrictions = ts.resource_restrictions
+    if not restrictions or not ts.annotations:
+        return None
+    note = ts.annotations.get(ANNOTATION)
+    if type(note) is not dict:
+        return None
+    name = note.get("name")
+    return name if name and POOL_PREFIX + name in restrictions else None
+
+
+def is_pinned(ts: Any) -> bool:
+    """Whether a task of a pool was pinned there by its user, rather than placed."""
+    return bool(ts.annotations[ANNOTATION].get("pinned"))
+
+
+def assign_pool(ts: Any, pool: str, *, pinned: bool) -> None:
+    """Hold a task to a pool, whatever pool it had. Other demands stay.
+
+    Parameters
+    ----------
+    ts
+        The scheduler's state of a task that is neither running nor queued.
+    pool
+        Name of the pool, without its prefix.
+    pinned
+        False where it may leave the pool if the pool is lost.
+    """
+    rest = {
+        name: amount for name, amount in (ts.resource_restrictions or {}).items() if not name.startswith(POOL_PREFIX)
+    }
+    # New dictionaries: Dask hands one and the same to all tasks of a layer.
+    ts.resource_restrictions = {POOL_PREFIX + pool: 0, **rest}
+    ts.annotations = {**(ts.annotations or {}), ANNOTATION: {"name": pool, "pinned": pinned}}
+
+
+def drop_pool(ts: Any) -> None:
+    """Release a task from its pool. Other demands stay, and its children inherit no pool."""
+    rest = {
+        name: amount for name, amount in (ts.resource_restrictions or {}).items() if not name.startswith(POOL_PREFIX)
+    }
+    ts.resource_restrictions = rest or None
+    ts.annotations = {**(ts.annotations or {}), ANNOTATION: {"name": None, "pinned": False}}
+
+
+class Lane:
+    """Demands on workers, and the workers that meet them.
+
+    Parameters
+    ----------
+    pool
+        Name of the pool, without its prefix.
+    demands
+        Resource name to the amount that a task needs.
+    """
+
+    __slots__ = ("demands", "idle", "n_present", "nthreads", "pool", "ring", "workers")
+
+    def __init__(self, pool: str, demands: Mapping[str, float]) -> None:
+        self.pool = pool
+        self.demands = dict(demands)
+        #: Workers that meet the demands and run.
+        self.workers: set[Any] = set()
+        #: The same, in an order.
+        self.ring: list[Any] = []
+        #: Those of them with a free slot, as Dask counts slots.
+        self.idle: set[Any] = set()
+        #: Threads of the workers.
+        self.nthreads = 0
+        #: Workers that meet the demands, paused and retiring ones included.
+        self.n_present = 0
+
+    def __repr__(self) -> str:
+        return f"<Lane {self.demands} workers={len(self.workers)} idle={len(self.idle)}>"
+
+
+class Lanes:
+    """All lanes of one scheduler, brought up to date when they are asked for.
+
+    Parameters
+    ----------
+    scheduler
+        The scheduler whose workers are meant.
+    is_in_use
+        Whether a lane must be kept, because tasks are queued for it.
+    """
+
+    def __init__(self, scheduler: Any, is_in_use: Callable[[Lane], bool]) -> None:
+        self._scheduler = scheduler
+        self._is_in_use = is_in_use
+        self._by_demands: dict[frozenset[tuple[str, float]], Lane] = {}
+        self._of_worker: dict[Any, list[Lane]] = {}
+        self._is_stale = False
+
+    def invalidate(self) -> None:
+        """Note that workers came, went or changed what they offer."""
+        self._is_stale = True
+
+    def of(self, ts: Any) -> Lane | None:
+        """Lane of a task, None for a task that has no pool.
+
+        Parameters
+        ----------
+        ts
+            The scheduler's state of a task.
+
+        Returns
+        -------
+        Lane or None
+            The lane, up to date.
+        """
+        pool = pool_of(ts)
+        if pool is None:
+            return None
+        if self._is_stale:
+            self.refresh()
+        key = frozenset(ts.resource_restrictions.items())
+        lane = self._by_demands.get(key)
+        if lane is None:
+            if len(self._by_demands) >= _MAX_LANES:
+                self._by_demands = {k: v for k, v in self._by_demands.items() if self._is_in_use(v)}
+            lane = self._by_demands[key] = Lane(pool, ts.resource_restrictions)
+            self._fill(lane)
+        return lane
+
+    def refresh(self) -> None:
+        """Find the workers of every lane again."""
+        self._is_stale = False
+        self._of_worker = {}
+        for lane in self._by_demands.values():
+            self._fill(lane)
+
+    def _fill(self, lane: Lane) -> None:
+        present = self.present(lane.demands)
+        lane.n_present = len(present)
+        lane.workers = present & self._scheduler.running
+        lane.ring = sorted(lane.workers, key=lambda ws: str(ws.address))
+        lane.idle = {ws for ws in lane.workers if ws in self._scheduler.idle_task_count}
+        lane.nthreads = sum(ws.nthreads for ws in lane.workers)
+        for ws in lane.workers:
+            self._of_worker.setdefault(ws, []).append(lane)
+
+    def fresh(self) -> list[Lane]:
+        """Return every lane, up to date."""
+        if self._is_stale:
+            self.refresh()
+        return list(self._by_demands.values())
+
+    def of_worker(self, ws: Any) -> list[Lane]:
+        """Lanes that a running worker serves, as of the last refresh."""
+        return self._of_worker.get(ws, [])
+
+    def present(self, demands: Mapping[str, float]) -> set[Any]:
+        """Workers that meet demands, running or not.
+
+        Parameters
+        ----------
+        demands
+            Resource name to amount.
+
+        Returns
+        -------
+        set of WorkerState
+            Amounts in use do not count, as in Dask: a worker's own queue waits for them.
+        """
+        found: set[str] | None = None
+        for resource, amount in demands.items():
+            offers = self._scheduler.resources.get(resource) or {}
+            able = {address for address, offer in offers.items() if offer >= amount}
+            found = able if found is None else found & able
+        workers = self._scheduler.workers
+        return {workers[address] for address in found or () if address in workers}
+
+
+class IdleWorkers(set[Any]):
+    """A scheduler's ``idle_task_count`` that keeps the lanes' own sets of idle workers too.
+
+    Parameters
+    ----------
+    workers
+        The set as it is.
+    lanes
+        Lanes to keep up to date.
+    """
+
+    def __init__(self, workers: set[Any], lanes: Lanes) -> None:
+        super().__init__(workers)
+        self._lanes = lanes
+
+    def add(self, ws: Any) -> None:
+        """Note that a worker has a free slot."""
+        super().add(ws)
+        for lane in self._lanes.of_worker(ws):
+            lane.idle.add(ws)
+
+    def discard(self, ws: Any) -> None:
+        """Note that a worker has no free slot or is gone."""
+        super().discard(ws)
+        for lane in self._lanes.of_worker(ws):
+            lane.idle.discard(ws)
+
+
+def _priority(ts: Any) -> Any:
+    return ts.priority
+
+
+class PoolQueue(MutableSet[Any]):
+    """A scheduler's ``queued`` tasks, in one heap per lane and one for all tasks without a pool.
+
+    Parameters
+    ----------
+    lane_of
+        Lane of a task, None for a task without a pool.
+    """
+
+    def __init__(self, lane_of: Callable[[Any], Lane | None]) -> None:
+        self._lane_of = lane_of
+        self._heaps: dict[Lane | None, Any] = {None: HeapSet(key=_priority)}
+        # Where a task was put: its lane may change while it is queued.
+        self._lane_by_task: dict[Any, Lane | None] = {}
+
+    def __contains__(self, ts: object) -> bool:
+        return ts in self._lane_by_task
+
+    def __len__(self) -> int:
+        return len(self._lane_by_task)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._lane_by_task)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {len(self)} items>"
+
+    def add(self, ts: Any) -> None:
+        """Queue a task, with the tasks of its lane."""
+        if ts in self._lane_by_task:
+            return
+        lane = self._lane_of(ts)
+        heap = self._heaps.get(lane)
+        if heap is None:
+            heap = self._heaps[lane] = HeapSet(key=_priority)
+        heap.add(ts)
+        self._lane_by_task[ts] = lane
+
+    def discard(self, ts: Any) -> None:
+        """Take a task out, if it is there."""
+        if ts not in self._lane_by_task:
+            return
+        lane = self._lane_by_task.pop(ts)
+        heap = self._heaps[lane]
+        heap.discard(ts)
+        if not heap and lane is not None:
+            del self._heaps[lane]
+
+    def clear(self) -> None:
+        """Take all tasks out."""
+        self._heaps = {None: HeapSet(key=_priority)}
+        self._lane_by_task = {}
+
+    def peek(self) -> Any:
+        """Return the first of all queued tasks."""
+        if not self:
+            raise KeyError("peek into empty set")
+        return min((heap.peek() for heap in self._heaps.values() if heap), key=_priority)
+
+    def pop(self) -> Any:
+        """Take the first of all queued tasks out."""
+        ts = self.peek()
+        self.discard(ts)
+        return ts
+
+    def sorted(self) -> Iterator[Any]:
+        """Iterate over all queued tasks, first one first."""
+        return iter(sorted(self._lane_by_task, key=_priority))
+
+    def has_pools(self) -> bool:
+        """Whether any task with a pool is queued."""
+        return len(self._heaps) > 1
+
+    def tasks_of(self, lane: Lane) -> list[Any]:
+        """Queued tasks of a lane, in no order."""
+        return list(self._heaps.get(lane, ()))
+
+    def counts(self) -> dict[str, int]:
+        """Count the queued tasks of every pool that has any."""
+        counts: dict[str, int] = {}
+        for lane, heap in self._heaps.items():
+            if lane is not None:
+                counts[lane.pool] = counts.get(lane.pool, 0) + len(heap)
+        return counts
+
+    def next_to_start(self, idle: set[Any], refused: set[Lane | None]) -> tuple[Lane | None, Any] | None:
+        """Choose the task to start next: the first one of those whose lane has a free slot.
+
+        Parameters
+        ----------
+        idle
+            All workers with a free slot.
+        refused
+            Lanes that are not to be looked at.
+
+        Returns
+        -------
+        (Lane or None, TaskState) or None
+            The task with its lane; None if there is none to start.
+        """
+        best: tuple[Lane | None, Any] | None = None
+        for lane, heap in self._heaps.items():
+            if not heap or lane in refused or not (idle if lane is None else lane.idle):
+                continue
+            front = heap.peek()
+            if best is None or front.priority < best[1].priority:
+                best = lane, front
+        return best
