@@ -286,7 +286,7 @@ class Traffic:
     def excluded(self) -> tuple[str, ...]:
         """What is not counted and why, one sentence each."""
         missing = sorted({text for report in self._reports.values() for text in report["missing"]})
-        return (*EXCLUDED, *(f"This version of distributed has no place to count {text}." for text in missing))
+        return (*EXCLUDED, *(f"With this version of Dask, this could not be counted: {text}." for text in missing))
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -13,9 +13,10 @@ worker itself. All of it runs on the worker's event loop, so that nothing needs 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from dask import sizeof as dask_sizeof  # the module: its dispatcher, pickled by value, would come without numpy
@@ -78,7 +79,8 @@ class CountingLog(deque):  # type: ignore[type-arg]
             One transfer, as ``Worker.get_data`` writes it.
         """
         super().append(entry)
-        self.tap.gathered(entry)
+        with self.tap.harmless("transfers between workers, and results"):
+            self.tap.gathered(entry)
 
 
 class Tap:
@@ -106,9 +108,22 @@ class Tap:
             "tasks that gather with a client of their own": self._hook_clients_of_tasks,
         }
         for what, hook in hooks.items():
-            try:
+            with self.harmless(what):
                 hook()
-            except (AttributeError, ImportError, KeyError) as exc:
+
+    @contextlib.contextmanager
+    def harmless(self, what: str) -> Iterator[None]:
+        """Keep an error of ours from the worker's own work, and note what could not be counted.
+
+        Parameters
+        ----------
+        what
+            What is counted here.
+        """
+        try:
+            yield
+        except Exception as exc:
+            if not any(text.startswith(what) for text in self.missing):
                 self.missing.append(f"{what} ({exc!r})")
 
     def uninstall(self) -> None:
@@ -179,8 +194,9 @@ class Tap:
 
         def update_data(**kwargs: Any) -> Any:
             answer = original(**kwargs)
-            nbytes = sum(answer["nbytes"].values())
-            self.count(("scatter", CLIENT, self.worker.address), nbytes, nbytes, time())
+            with self.harmless("scattered data"):
+                nbytes = sum(answer["nbytes"].values())
+                self.count(("scatter", CLIENT, self.worker.address), nbytes, nbytes, time())
             return answer
 
         self._replace(self.worker.handlers, "update_data", update_data)
@@ -189,9 +205,10 @@ class Tap:
         original = self.worker.stream_handlers["compute-task"]
 
         def compute_task(**kwargs: Any) -> Any:
-            nbytes = embedded_nbytes(kwargs.get("run_spec"))
-            if nbytes >= EMBEDDED_MIN_NBYTES:
-                self.count(("task", CLIENT, self.worker.address), nbytes, nbytes, time())
+            with self.harmless("data inside some tasks"):
+                nbytes = embedded_nbytes(kwargs.get("run_spec"))
+                if nbytes >= EMBEDDED_MIN_NBYTES:
+                    self.count(("task", CLIENT, self.worker.address), nbytes, nbytes, time())
             return original(**kwargs)
 
         self._replace(self.worker.stream_handlers, "compute-task", compute_task)
@@ -213,8 +230,9 @@ class Tap:
             async def send(run: Any, address: str, shards: Any) -> Any:
                 tap = taps.get(run.local_address)
                 if tap is not None and address != run.local_address:  # a shard for the sender itself stays there
-                    nbytes = shards_nbytes(shards)
-                    tap.count(("shuffle", run.local_address, address), nbytes, nbytes, time())
+                    with tap.harmless("P2P shuffles and rechunks"):
+                        nbytes = shards_nbytes(shards)
+                        tap.count(("shuffle", run.local_address, address), nbytes, nbytes, time())
                 return await original(run, address, shards)
 
             return send
@@ -388,7 +406,10 @@ async def report_after_settling(name: str, timeout_seconds: float, ends: bool, d
     # A transfer is logged when its receiver has confirmed it, a moment after the receiver goes on with the data.
     block.settle(now, dask_worker.transfer_outgoing_count)
     # Nothing announces that, so it is looked for.
-    while (n := min(block.n_unsettled, dask_worker.transfer_outgoing_count)) > 0 and time() < now + timeout_seconds:
+    while True:
+        n = min(block.n_unsettled, dask_worker.transfer_outgoing_count)
+        if n <= 0 or time() > now + timeout_seconds:
+            break
         await asyncio.sleep(0.005)
     return tap.report(name) | {"in_flight": max(n, 0)}
 
