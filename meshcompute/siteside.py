@@ -234,3 +234,65 @@ def find_paths(pattern: str, storage_options: dict[str, Any] | None) -> list[str
     if "://" not in pattern:
         return sorted(paths)
     return sorted(file_system.unstrip_protocol(path) for path in paths)
+
+
+def zarr_store(path: str, storage_options: dict[str, Any] | None, *, read_only: bool = False) -> Any:
+    """Make the Zarr store that stands for a path or address here."""
+    from zarr.storage import FsspecStore, LocalStore
+
+    if "://" in path or "::" in path:
+        return FsspecStore.from_url(path, storage_options=storage_options, read_only=read_only)
+    return LocalStore(path, read_only=read_only)
+
+
+def unseal_store(sealed: bytes) -> Any:
+    """Undo the sealing of the arguments of :func:`zarr_store`."""
+    path, storage_options, read_only = unseal(sealed)
+    return zarr_store(path, storage_options, read_only=read_only)
+
+
+def read_store(path: str, storage_options: dict[str, Any] | None, key: str) -> bytes | None:
+    """Read one value of a Zarr store; None if there is none."""
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    value = sync(zarr_store(path, storage_options).get(key, default_buffer_prototype()))
+    return None if value is None else value.to_bytes()
+
+
+def list_store(path: str, storage_options: dict[str, Any] | None, prefix: str, *, direct: bool) -> list[str]:
+    """List the keys of a Zarr store below a prefix, or only what is directly in it."""
+    from zarr.core.sync import sync
+
+    store = zarr_store(path, storage_options)
+
+    async def collect() -> list[str]:
+        return [key async for key in (store.list_dir(prefix) if direct else store.list_prefix(prefix))]
+
+    return sync(collect())
+
+
+def write_store(path: str, storage_options: dict[str, Any] | None, steps: list[tuple[str, str, bytes | None]]) -> None:
+    """Change a Zarr store.
+
+    Parameters
+    ----------
+    path, storage_options
+        The store.
+    steps
+        In order: ("set", key, value), ("delete", key, None) or ("delete_dir", prefix, None).
+    """
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.core.sync import sync
+
+    store = zarr_store(path, storage_options)
+    make = default_buffer_prototype().buffer.from_bytes
+
+    async def apply() -> None:
+        for method, key, value in steps:
+            if method == "set":
+                await store.set(key, make(value or b""))
+            else:
+                await getattr(store, method)(key)
+
+    sync(apply())
