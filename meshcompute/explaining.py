@@ -8,6 +8,7 @@ or what was measured in a run (:mod:`meshcompute.traffic`).
 from __future__ import annotations
 
 import html
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +32,8 @@ __all__ = ["CLIENT", "Crossing", "Plan", "explain", "get_pool", "propagate_pools
 #: Name of the client's side in traffic.
 CLIENT = "client"
 _SHOWN_CROSSINGS = 10
+# What blockwise fusion appends to a layer's name (dask.blockwise._unique_dep): block indices such as "_.0_.1".
+_BLOCK_INDICES = re.compile(r"(_\.\d+)+$")
 
 T = TypeVar("T")
 
@@ -154,10 +157,21 @@ class Plan:
         """
         if key in self._assignment.tasks or key in self._assignment.pool_by_key:
             return self._assignment.pool_by_key.get(key)
+        layer, index = _layer_name(key), key[1:] if isinstance(key, tuple) else ()
+        found: set[str | None] = set()
         for fused, task in self._assignment.tasks.items():
-            if key in taskgraph.inner_keys(task):
+            inner = taskgraph.inner_keys(task)
+            if key in inner:
                 return self._assignment.pool_by_key.get(fused)
-        raise KeyError(f"No task {key!r} in this plan")
+            # Blockwise fusion leaves names without an index: the reader's own index tells, or all agree.
+            if any(_layer_name(name) == layer for name in inner):
+                pool = self._assignment.pool_by_key.get(fused)
+                if isinstance(fused, tuple) and fused[1:] == index:
+                    return pool
+                found.add(pool)
+        if len(found) == 1:
+            return found.pop()
+        raise KeyError(f"No task {key!r} in this plan, or it became a part of several")
 
     def pools_by_layer(self) -> dict[str, frozenset[str]]:
         """Tell which pools the tasks of each layer would run in.
@@ -231,7 +245,8 @@ class Plan:
 
 
 def _layer_name(key: Key) -> str:
-    return str(key[0] if isinstance(key, tuple) else key)
+    name = str(key[0] if isinstance(key, tuple) else key)
+    return _BLOCK_INDICES.sub("", name)
 
 
 def explain(*collections: Any) -> Plan:

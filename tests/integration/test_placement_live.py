@@ -1,0 +1,121 @@
+"""Placement on a live cluster: what was planned is what runs, and what was predicted is what is measured."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import cloudpickle
+import dask
+import dask.array as da
+import numpy as np
+import pytest
+from distributed import Client, futures_of, get_worker
+
+from meshcompute.clients import pool, propagate_pools
+from meshcompute.explaining import explain
+from meshcompute.traffic import measure_traffic
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def make(site: str, shape: tuple[int, ...] = (400, 400), chunks: tuple[int, ...] = (100, 400)) -> da.Array:
+    """Chunks that are made at a site, and nowhere else."""
+
+    def values(block: np.ndarray, block_info: Any = None) -> np.ndarray:
+        assert str(get_worker().name).split("-")[0] == site
+        return np.random.default_rng(block_info[0]["chunk-location"]).random(block.shape)
+
+    with pool(site):
+        return da.map_blocks(values, da.zeros(shape, chunks=chunks), dtype=float, meta=np.empty((0,) * len(shape)))
+
+
+def pools_that_ran(client: Client, prefix: str) -> set[str]:
+    """Pools in which tasks of a kind ran."""
+
+    def on_scheduler(dask_scheduler: Any, prefix: str) -> list[str]:
+        names = []
+        for ts in dask_scheduler.tasks.values():
+            if ts.prefix.name.startswith(prefix) and ts.who_has:
+                names += [ws.name.split("-")[0] for ws in ts.who_has]
+        return names
+
+    return set(client.run_on_scheduler(on_scheduler, prefix=prefix))
+
+
+def test_a_value_that_many_workers_of_another_pool_need_crosses_once(sites: Any) -> None:
+    big = make("a", (1000, 1000), (1000, 1000))
+    with pool("b"):
+        readers = [big.map_blocks(lambda x, i=i: x[: i + 1].sum(keepdims=True), dtype=float) for i in range(8)]
+    with propagate_pools(), measure_traffic() as traffic:
+        dask.compute(*readers)
+    assert traffic.bytes_between_pools["a", "b"] == pytest.approx(8e6, rel=0.01)
+
+
+def test_a_value_in_memory_that_many_workers_of_another_pool_need_crosses_once(sites: Any) -> None:
+    with propagate_pools():
+        big = make("a", (1000, 1000), (1000, 1000)).persist()
+        with pool("b"):
+            readers = [big.map_blocks(lambda x, i=i: x[: i + 1].sum(keepdims=True), dtype=float) for i in range(8)]
+        with measure_traffic() as traffic:
+            dask.compute(*readers)
+    assert traffic.bytes_between_pools["a", "b"] == pytest.approx(8e6, rel=0.01)
+
+
+WORKLOADS = {
+    "difference of means": lambda a, b: a.mean(0) - b.mean(0),
+    "standard deviation of both": lambda a, b: da.concatenate([a, b]).std(0),
+    "sum of both": lambda a, b: (a + b).sum(),
+    "one level minus the other": lambda a, b: a.mean(0)[10:20] - b[0][10:20],
+    "maximum of a small part": lambda a, b: (a[::50] * b[::50]).max(1),
+    "rechunked": lambda a, b: a.rechunk((400, 100), method="tasks").sum(0) + b.mean(0),
+}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_predicted_bytes_are_near_the_measured_ones(name: str, sites: Any) -> None:
+    a, b = make("a"), make("b")
+    x = WORKLOADS[name](a, b)
+    with propagate_pools():
+        plan = explain(x)
+        with measure_traffic() as traffic:
+            result = x.compute()
+    assert np.isfinite(result).all()
+    for ours in (False, True):  # between the pools, and the result to the client
+        measured = sum(n for (s, d), n in traffic.bytes_between_pools.items() if s != "client" and (d == "client") == ours)
+        predicted = sum(n for (_, d), n in plan.bytes_between_pools.items() if (d == "client") == ours)
+        assert 0.7 * measured - 100 <= predicted <= 1.4 * measured + 100, ours
+
+
+def test_unpinned_inputs_follow_their_consumers(sites: Any) -> None:
+    a = make("a")
+    weights = da.random.random((400, 400), chunks=(100, 400))
+    with propagate_pools(), measure_traffic() as traffic:
+        (a * weights).sum().compute()
+    assert traffic.bytes_between_pools.get(("a", "b"), 0) == traffic.bytes_between_pools.get(("b", "a"), 0) == 0
+
+
+def test_only_graphs_submitted_under_propagate_pools_are_placed(sites: Any) -> None:
+    a = make("a")
+    with Client(sites.mesh.scheduler_address, set_as_default=False) as other:
+        with propagate_pools():
+            placed = sites.client.persist((a + 1).sum(0) + 0)
+        plain = other.persist(da.ones((40, 40), chunks=10) + 1)
+        other.gather(futures_of(plain))
+        sites.client.gather(futures_of(placed))
+        annotated = sites.client.run_on_scheduler(
+            lambda dask_scheduler: {
+                str(ts.key): bool(ts.annotations and ts.annotations.get("pool")) for ts in dask_scheduler.tasks.values()
+            }
+        )
+        assert all(annotated[str(future.key)] for future in futures_of(placed))
+        assert not any(annotated[str(future.key)] for future in futures_of(plain))
+
+
+def test_the_same_computation_twice_while_its_result_is_held(sites: Any) -> None:
+    a, b = make("a"), make("b")
+    x = (a - b).sum(0)
+    with propagate_pools():
+        held = x.persist()
+        again = (x + 1).compute()
+    np.testing.assert_allclose(held.compute() + 1, again)
