@@ -312,7 +312,8 @@ class _Estimate:
         if isinstance(node, Alias):
             if node.target in self.shapes:
                 self.shapes[key] = self.shapes[node.target]
-            return self.sizes.get(node.target, self.default)
+            nbytes = self.sizes.get(node.target, self.default)
+            return min(nbytes, stated) if (stated := self._block_nbytes(key)) is not None else nbytes
         if not isinstance(node, Task):
             return self.default
         if node.func is _execute_subgraph:
@@ -323,9 +324,13 @@ class _Estimate:
         """Estimate a fused task: walk back from its last step to one whose value is known."""
         inner, step = task.args[0], task.args[1]
         steps: list[tuple[Key, Task]] = []
+        limit = math.inf
         while True:
             node = inner.get(step)
             if isinstance(node, Alias):
+                # The target may be larger than its name says (a view that was cut) or smaller (ones, a broadcast).
+                stated = self._block_nbytes(step)
+                limit = limit if stated is None else min(limit, stated)
                 step = node.target
                 continue
             nbytes = _literal_nbytes(node.value) if isinstance(node, DataNode) else self._block_nbytes(step)
@@ -347,7 +352,7 @@ class _Estimate:
             nbytes = self._applied(step, node, inputs)
         if task.args[1] in self.shapes:
             self.shapes[key] = self.shapes[task.args[1]]
-        return self.default if nbytes is None else nbytes
+        return min(self.default if nbytes is None else nbytes, limit)
 
     def _block_nbytes(self, key: Any) -> float | None:
         """Return the size of a block of an array layer, None for other keys."""
