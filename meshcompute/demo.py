@@ -173,8 +173,9 @@ class Demo:
         datasets = [sites.open_metadata(site, path) for site, path in zip(sites.names, paths, strict=True)]
         with dask.config.set(self.showcase.config):
             lazy = [dataset.chunk(self.showcase.chunks) for dataset in datasets]
+        difference = self.showcase.define(*lazy)
         try:
-            self.showcase.define(*lazy).compute()
+            difference.compute()
         except FileNotFoundError as exc:
             self.say(f"   FileNotFoundError: {exc}")
         else:
@@ -273,18 +274,18 @@ class _Sites:
     def run_on_hosts(self, site: str, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call a function once on every host of a site; workers need not have meshcompute."""
         futures = [
-            self.client.submit(by_value(function), *args, workers=[address], pure=False)
+            self.client.submit(_travelling(function), *args, workers=[address], pure=False)
             for address in self._hosts[site]
         ]
         return list(self.client.gather(futures))
 
     def run_at(self, site: str, function: Callable[..., Any], *args: Any) -> Any:
         """Call a function on one host of a site."""
-        return self.client.submit(by_value(function), *args, workers=self._hosts[site][:1], pure=False).result()
+        return self.client.submit(_travelling(function), *args, workers=self._hosts[site][:1], pure=False).result()
 
     def open_metadata(self, site: str, path: str) -> xr.Dataset:
         """Open a file at its site and give back the lazy dataset, as if the file were mounted here: no pin."""
-        dataset: xr.Dataset = self.run_at(site, _open_uncached, path)
+        dataset: xr.Dataset = self.run_at(site, _open_metadata, path)
         return dataset
 
     def nbytes(self, site: str, path: str) -> int:
@@ -293,6 +294,10 @@ class _Sites:
 
 
 # What runs at the sites. Workers may lack meshcompute: these travel by value.
+
+
+def _travelling(function: Callable[..., Any]) -> by_value:
+    return by_value(function, modules=[sampledata.__name__])
 
 
 class _Copy:
@@ -318,7 +323,7 @@ class _Generate:
         def report(done: int, n_levels: int) -> None:
             if time.monotonic() - shown[0] > 1 or done == n_levels:
                 shown[0] = time.monotonic()
-                get_worker().log_event("meshcompute-demo", f"generated {done} of {n_levels} levels")
+                get_worker().log_event(PROGRESS_TOPIC, f"generated {done} of {n_levels} levels")
 
         return self.write(path, self.scale, report)
 
@@ -327,10 +332,14 @@ def _remove(folder: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _open_uncached(path: str) -> Any:
+def _open_metadata(path: str) -> Any:
     import xarray
 
-    return xarray.open_dataset(path, cache=False)
+    dataset = xarray.open_dataset(path, cache=False)
+    for variable in dataset.variables.values():
+        if not variable.dims:  # Dask has no chunks of scalars, so whoever computes with one reads it at once
+            variable.load()
+    return dataset
 
 
 def _plain_ensemble_mean(path: str) -> Any:
