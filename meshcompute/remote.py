@@ -1,7 +1,7 @@
 """Open what lies at a site, from a client that cannot see it.
 
 Covers NetCDF, Zarr and whatever else xarray opens at the site, as lazy datasets that are pinned to it, and Parquet
-as dataframes. Does not cover files themselves (:mod:`meshcompute.filesystem`) or writing
+as dataframes (:mod:`meshcompute.tables`), and files (:mod:`meshcompute.sitefiles`). Does not cover writing
 (:mod:`meshcompute.writing`).
 
 Notes
@@ -32,12 +32,15 @@ from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.backends.locks import HDF5_LOCK
 from xarray.core import indexing
 
+from meshcompute import writing
 from meshcompute.clients import pool
 from meshcompute.shipping import by_value
 from meshcompute.sitecalls import Site, client_for, names_of_site, result_at, submit_at
+from meshcompute.sitefiles import filesystem
 from meshcompute.siteside import Reader, SiteCall, VariableAtSite, describe_dataset, find_paths
+from meshcompute.tables import open_dataframe
 
-__all__ = ["open_dataset", "open_mfdataset", "open_zarr"]
+__all__ = ["filesystem", "open_dataframe", "open_dataset", "open_mfdataset", "open_zarr"]
 
 # Keywords of xarray.open_dataset that concern what the client makes of the metadata; all others go to the site.
 _LOCAL_OPTIONS = ("chunks", "inline_array", "from_array_kwargs", "overwrite_encoded_chunks")
@@ -333,6 +336,7 @@ def _open_description(source: _Description, local: Mapping[str, Any]) -> xarray.
 
 def _use_readers(dataset: xarray.Dataset, source: _Description, local: Mapping[str, Any]) -> xarray.Dataset:
     """Replace the placeholders that xarray has made Dask arrays of."""
+    writing.activate()
     for name, variable in source.content["variables"].items():
         if variable.sealed is None:
             continue

@@ -76,10 +76,9 @@ def open_dataframe(
     description = call_at("open_dataframe", sites, call, str(where))
     token = tokenize(sites, where, description["version"], str(filters), int(split_row_groups))
     reader = TableReader(f"{where} at {' or '.join(sites)}", filters, token)
+    pieces = [_Piece(piece) for piece in description["pieces"]]
     with pool(*sites):
-        frame = dataframe.from_map(
-            _ReadTable(reader), description["pieces"], meta=description["meta"], label="read-parquet"
-        )
+        frame = dataframe.from_map(_ReadTable(reader), pieces, meta=description["meta"], label="read-parquet")
         return frame if columns is None else frame[list(columns)]
 
 
@@ -101,3 +100,18 @@ class _ReadTable:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return by_value(self.reader).__reduce__()
+
+
+class _Piece(bytes):
+    """A sealed piece of a table. It may hold credentials, so that it is not shown."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "<piece>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytes, (bytes(self),)
+
+    def __dask_tokenize__(self) -> bytes:
+        return bytes(self)

@@ -108,12 +108,16 @@ def _to_zarr(
 
     at_site = SiteStore(pools, path, kwargs.pop("storage_options", None))
     compute = kwargs.pop("compute", True)
-    writes = original(at_site, *args, compute=False, **kwargs)
-    at_site.flush()  # tasks open what the metadata describes
-    if not compute:
-        return writes
-    writes.compute()
-    return xarray.backends.ZarrStore.open_group(at_site, mode="r", consolidated=False)
+    try:
+        writes = original(at_site, *args, compute=False, **kwargs)
+        at_site.flush()  # tasks open what the metadata describes
+        if not compute:
+            return writes
+        writes.compute()
+        return xarray.backends.ZarrStore.open_group(at_site, mode="r", consolidated=False)
+    except Exception as exc:
+        exc.add_note(f"While writing {at_site}.")
+        raise
 
 
 def _to_netcdf(
