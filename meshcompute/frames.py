@@ -21,9 +21,10 @@ from types import ModuleType
 from typing import Any
 
 import dask
-from dask._task_spec import Alias, TaskRef
+from dask._task_spec import Alias, TaskRef, convert_legacy_graph
 from dask.highlevelgraph import HighLevelGraph, MaterializedLayer
 from dask.tokenize import tokenize
+from dask.typing import Key
 from dask.utils import key_split
 
 from meshcompute.pools import ANNOTATION, current_pin, pin_of_annotations
@@ -88,9 +89,38 @@ def _hook_collection(module: Any) -> None:
     def __init__(self: Any, expr: Any) -> None:  # noqa: N807 - it becomes this method
         original(self, _with_pin(_with_pins_on_tasks(expr)))
 
+    rebuilt = module.FrameBase.__dask_postpersist__
+
+    def __dask_postpersist__(self: Any) -> tuple[Any, tuple[Any, ...]]:  # noqa: N807 - same
+        rebuild, state = rebuilt(self)
+        is_pinned = any(getattr(type(node), "has_pin", False) for node in self.expr.walk())
+        return (_rebuild, (rebuild, state, self.expr.__dask_keys__())) if is_pinned else (rebuild, state)
+
     __init__.carries_pins = True  # type: ignore[attr-defined]
     module.FrameBase.__init__ = __init__
+    module.FrameBase.__dask_postpersist__ = __dask_postpersist__
     module.get_annotations = _other_annotations
+
+
+def _rebuild(graph: Mapping[Key, Any], rebuild: Callable[..., Any], state: tuple[Any, ...], keys: list[Key]) -> Any:
+    """Make a frame of what ``persist`` or ``dask.optimize`` made of its graph.
+
+    ``dask.optimize`` hands over the whole graph, of which Dask takes the first keys, in alphabetical order, for the
+    frame's partitions. Only a graph of results, as of ``persist``, is left to Dask.
+    """
+    if not graph.keys() > set(keys):
+        return rebuild(graph, *state)
+    from dask.dataframe.dask_expr import from_graph
+
+    tasks = convert_legacy_graph(graph)
+    needed, stack = {}, list(keys)
+    while stack:
+        key = stack.pop()
+        if key in tasks and key not in needed:
+            needed[key] = tasks[key]
+            stack.extend(tasks[key].dependencies)
+    meta, divisions, name = state
+    return from_graph(needed, meta, divisions, keys, name)
 
 
 def _other_annotations() -> dict[str, Any]:
@@ -174,7 +204,7 @@ def _delayed_with_pins(value: Any) -> Any:
     key = f"{key_split(value.key)}-{tokenize('pinned', value.key)}"
     graph = optimize_with(_unchanged, value.dask, [])
     alias = MaterializedLayer({key: Alias(key, value.key)})
-    layers, dependencies = {**graph.layers, key: alias}, {**graph.dependencies, key: {value.layer}}
+    layers, dependencies = {**graph.layers, key: alias}, {**graph.dependencies, key: set(value.__dask_layers__())}
     return Delayed(key, HighLevelGraph(layers, dependencies))
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import dask
@@ -119,7 +119,7 @@ class PinnedFrame(Blockwise):  # type: ignore[misc]
         raise NotImplementedError("A pinned frame has no tasks before it is lowered. Optimise the frame first.")
 
     def _layer(self) -> dict[Key, GraphNode]:
-        # dask.optimize() asks expressions for their graph as they are.
+        # dask.optimize() asks expressions for their graph as they are; frames._rebuild leaves out what is not needed.
         lowered = self._lower()
         graph: dict[Key, GraphNode] = dict(lowered.__dask_graph__())
         for i in range(self.npartitions):
@@ -192,7 +192,7 @@ class PinnedFrame(Blockwise):  # type: ignore[misc]
         pin = self.operand("pin")
         with _inside(pin):
             frame = self.frame.lower_completely().simplify()
-        return _pinned_graph(_with_own_shuffles(frame, pin, {}), pin, [])
+        return _pinned_graph(_with_own_shuffles(frame, pin, {}), pin)
 
 
 def _reads_only(predicate: Any, frame: Any) -> bool:
@@ -200,7 +200,7 @@ def _reads_only(predicate: Any, frame: Any) -> bool:
     stack = [predicate]
     while stack:
         node = stack.pop()
-        if node._name == frame._name or isinstance(node, Literal):
+        if node._name == frame._name or isinstance(node, (Literal, _DelayedExpr)):
             continue
         if isinstance(node, PinnedFrame):
             if node.operand("pin") != frame.operand("pin"):
@@ -229,13 +229,12 @@ def _with_own_shuffles(expr: Any, pin: Pin, done: dict[str, Any]) -> Any:
     return new
 
 
-def _pinned_graph(frame: Any, pin: Pin, inputs: Sequence[Any]) -> Any:
-    """Make the leaf of a lowered frame, which reads these inputs and any pinned graph."""
+def _pinned_graph(frame: Any, pin: Pin, inputs: Collection[str] = (), *, is_pinned: bool = True) -> Any:
+    """Make the leaf of a lowered frame, which reads these inputs (by name) and any pinned graph."""
     if isinstance(frame, PinnedGraph):
         return frame
-    names = {node._name for node in inputs}
-    found = [node for node in _own_nodes(frame, names) if isinstance(node, PinnedGraph) or node._name in names]
-    return PinnedGraph((frame,), pin, *found)
+    found = [node for node in _own_nodes(frame, inputs) if isinstance(node, PinnedGraph) or node._name in inputs]
+    return PinnedGraph((frame,), pin, is_pinned, *found)
 
 
 def _own_nodes(expr: Any, inputs: Collection[str]) -> Iterator[Any]:
@@ -251,6 +250,19 @@ def _own_nodes(expr: Any, inputs: Collection[str]) -> Iterator[Any]:
             stack.extend(node.dependencies())
 
 
+def _is_graph_of(node: Any, pin: Pin) -> bool:
+    return isinstance(node, PinnedGraph) and node.operand("pin") == pin
+
+
+def _next_private(nodes: Mapping[str, Any], pin: Pin, readers: set[str], dependents: Any) -> Any:
+    """Find a graph of this pool that nobody reads but these readers."""
+    for name, node in nodes.items():
+        is_known = name in readers or not _is_graph_of(node, pin)
+        if not is_known and readers.issuperset(d._name for d in _dependents_of(node, dependents)):
+            return node
+    return None
+
+
 class PinnedGraph(Expr):  # type: ignore[misc]
     """The graph of a pinned frame: lowered, and closed to everything that Dask does later.
 
@@ -260,6 +272,9 @@ class PinnedGraph(Expr):  # type: ignore[misc]
         The frame's lowered expression, in a tuple, which hides it from Dask's rewriting.
     pin
         The pin.
+    is_pinned
+        False for steps that were made outside of the block and read several pinned graphs of this pool, or one that
+        others read, too: they are fused with each other and may run anywhere.
     *inputs
         What the frame reads: pinned graphs, of this or other pools, and delayed values without a pin.
 
@@ -269,7 +284,7 @@ class PinnedGraph(Expr):  # type: ignore[misc]
     them with the read: a partial sum runs where its partition is.
     """
 
-    _parameters = ["frames", "pin"]  # noqa: RUF012 - as Dask's expressions declare theirs
+    _parameters = ["frames", "pin", "is_pinned"]  # noqa: RUF012 - as Dask's expressions declare theirs
     has_pin = True
 
     @property
@@ -306,17 +321,17 @@ class PinnedGraph(Expr):  # type: ignore[misc]
         around = current_pin()
         if not is_valid_blockwise_op(parent) or (around is not None and around.pools and around != pin):
             return None
-        inputs = parent.dependencies()
-        graphs = [node for node in inputs if isinstance(node, PinnedGraph) and node.operand("pin") == pin]
-        # Dask rewrites other expressions, and names with them, after this.
-        if len(graphs) < sum(not isinstance(node, _DelayedExpr) for node in inputs):
+        inputs = {node._name: node for node in parent.dependencies()}
+        # Dask may still rewrite other expressions, and their names with them.
+        if not all(isinstance(node, _DelayedExpr) or _is_graph_of(node, pin) for node in inputs.values()):
             return None
-        frame = parent
-        for graph in graphs:
-            if {d._name for d in _dependents_of(graph, dependents)} == {parent._name}:
-                frame = frame.substitute(graph, graph._frame)
-                inputs += graph.dependencies()
-        return None if frame is parent else _pinned_graph(frame, pin, inputs)
+        frame, joined, is_pinned = parent, {parent._name}, False
+        while (graph := _next_private(inputs, pin, joined, dependents)) is not None:
+            frame = frame.substitute(graph, graph._frame)
+            joined.add(graph._name)
+            is_pinned |= graph.operand("is_pinned")
+            inputs = {**inputs, **{node._name: node for node in graph.dependencies()}}
+        return _pinned_graph(frame, pin, inputs, is_pinned=is_pinned)
 
     def _tree_repr_lines(self, indent: int = 0, recursive: bool = True) -> list[str]:
         header = " " * indent + f"PinnedGraph: {self.operand('pin')}"
@@ -340,10 +355,9 @@ class PinnedGraph(Expr):  # type: ignore[misc]
         pin = self.operand("pin")
         graph = {}
         for old, task in tasks.items():
-            new = task if old in fixed else task.substitute(keys, key=keys[old])
-            if old in fixed:
-                new = task.substitute(keys)
-            if not (isinstance(task, Alias) and readers[task.target] <= 1):  # such an alias vanishes on the scheduler
+            new = task.substitute(keys, key=keys[old])
+            # An alias of a value that nobody else reads vanishes on the scheduler.
+            if self.operand("is_pinned") and not (isinstance(task, Alias) and readers[task.target] <= 1):
                 new = pinned(new, pin)
             graph[new.key] = new
         return graph
