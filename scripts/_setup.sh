@@ -40,11 +40,11 @@ fingerprint() {
     find "$@" -type f ! -name '*.pyc' -print0 | LC_ALL=C sort -z | xargs -0 cksum | cksum
 }
 
-# pip_install DIR ARGUMENTS...: quiet, but for what went wrong.
+# pip_install DIR ARGUMENTS...: quiet, but for errors.
 pip_install() {
     local dir=$1
     shift
-    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-script-location "$@" ||
+    "$dir/bin/python" -m pip install --quiet --quiet --disable-pip-version-check --no-warn-script-location "$@" ||
         die "pip could not install: $*. Is a package index reachable from here?"
 }
 
@@ -59,7 +59,7 @@ install_wheel() {
     fi
     rm -rf "$dir/.installed" "$dir/wheel"
     pip_install "$dir" hatchling
-    "$dir/bin/python" -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+    "$dir/bin/python" -m pip wheel --quiet --quiet --disable-pip-version-check --no-deps --no-build-isolation \
         --wheel-dir "$dir/wheel" "$top" || die "the wheel could not be built"
     wheel=$(echo "$dir"/wheel/*.whl)
     if [ "$(cat "$dir/.requirements" 2>/dev/null)" != "$requirements" ]; then
