@@ -204,6 +204,7 @@ def _delayed_with_pins(value: Any) -> Any:
     key = f"{key_split(value.key)}-{tokenize('pinned', value.key)}"
     graph = optimize_with(_unchanged, value.dask, [])
     alias = MaterializedLayer({key: Alias(key, value.key)})
+    alias.annotations = None  # not even those of the block around us: it vanishes
     layers, dependencies = {**graph.layers, key: alias}, {**graph.dependencies, key: set(value.__dask_layers__())}
     return Delayed(key, HighLevelGraph(layers, dependencies))
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import dask
@@ -140,18 +140,22 @@ class PinnedFrame(Blockwise):  # type: ignore[misc]
         frame, pin = self.frame, self.operand("pin")
         if isinstance(frame, (PinnedFrame, PinnedGraph)):
             return frame
-        inside = {self._name, *(node._name for node in frame.walk())}
+        names = {self._name}
 
-        def own(node: Any) -> bool:
+        def is_mine(node: Any) -> bool:
+            readers = [d._name for d in _dependents_of(node, dependents)]
             is_same = isinstance(node, PinnedFrame) and node.operand("pin") == pin
-            return is_same and inside.issuperset(d._name for d in _dependents_of(node, dependents))
+            return is_same and bool(readers) and names.issuperset(readers)
 
-        while (inner := next(filter(own, frame.walk()), None)) is not None:
+        while True:
+            # Not below other pinned frames: what is in there is theirs.
+            nodes = list(_walk(frame, lambda node: isinstance(node, PinnedFrame)))
+            names.update(node._name for node in nodes)
+            if (inner := next(filter(is_mine, nodes), None)) is None:
+                return self if frame is self.frame else self._wrap(frame)
             frame = frame.substitute(inner, inner.frame)
             if isinstance(frame, (PinnedFrame, PinnedGraph)):
                 return frame
-            inside.update(node._name for node in frame.walk())
-        return self if frame is self.frame else self._wrap(frame)
 
     def _filter_passthrough_available(self, parent: Any, dependents: Any) -> bool:
         return _reads_only(parent.predicate, self) and super()._filter_passthrough_available(parent, dependents)
@@ -191,8 +195,20 @@ class PinnedFrame(Blockwise):  # type: ignore[misc]
     def _lower(self) -> Any:
         pin = self.operand("pin")
         with _inside(pin):
-            frame = self.frame.lower_completely().simplify()
-        return _pinned_graph(_with_own_shuffles(frame, pin, {}), pin)
+            return _pinned_graph(self.frame.lower_completely().simplify(), pin)
+
+
+def _walk(expr: Any, is_end: Callable[[Any], bool]) -> Iterator[Any]:
+    """Walk an expression down to the nodes where it ends for us, which are included."""
+    stack, seen = [expr], set()
+    while stack:
+        node = stack.pop()
+        if node._name in seen:
+            continue
+        seen.add(node._name)
+        yield node
+        if not is_end(node):
+            stack.extend(node.dependencies())
 
 
 def _reads_only(predicate: Any, frame: Any) -> bool:
@@ -213,45 +229,48 @@ def _reads_only(predicate: Any, frame: Any) -> bool:
     return True
 
 
-def _with_own_shuffles(expr: Any, pin: Pin, done: dict[str, Any]) -> Any:
+def _with_own_shuffles(expr: Any, pin: Pin) -> Any:
     """Give the P2P shuffles of an expression ids of this pool: their keys cannot be renamed afterwards."""
-    if expr._name in done:
-        return done[expr._name]
-    operands = expr.operands
-    if not isinstance(expr, PinnedGraph):
-        operands = [_with_own_shuffles(o, pin, done) if isinstance(o, Expr) else o for o in operands]
-    new = expr
-    if any(a is not b for a, b in zip(operands, expr.operands, strict=True)):
-        new = type(expr)(*operands)
-    if isinstance(expr, _P2P):
-        new = type(expr)(*operands, _determ_token=tokenize("pool", pin, new.deterministic_token))
-    done[expr._name] = new
-    return new
+    done: set[str] = set()
+
+    def is_next(node: Any) -> bool:
+        waiting = [n._name for n in node.walk() if isinstance(n, _P2P) and n._name not in done]
+        return waiting == [node._name]
+
+    # From the inputs up, because a shuffle whose input changes is made anew.
+    while (node := next(filter(is_next, expr.walk()), None)) is not None:
+        new = type(node)(*node.operands, _determ_token=tokenize("pool", pin, node.deterministic_token))
+        done.add(new._name)
+        expr = expr.substitute(node, new)
+    return expr
 
 
 def _pinned_graph(frame: Any, pin: Pin, inputs: Collection[str] = (), *, is_pinned: bool = True) -> Any:
     """Make the leaf of a lowered frame, which reads these inputs (by name) and any pinned graph."""
     if isinstance(frame, PinnedGraph):
         return frame
-    found = [node for node in _own_nodes(frame, inputs) if isinstance(node, PinnedGraph) or node._name in inputs]
-    return PinnedGraph((frame,), pin, is_pinned, *found)
 
+    def is_input(node: Any) -> bool:
+        return isinstance(node, PinnedGraph) or node._name in inputs
 
-def _own_nodes(expr: Any, inputs: Collection[str]) -> Iterator[Any]:
-    """Walk an expression down to its inputs (by name) and the pinned graphs in it, both included."""
-    stack, seen = [expr], set()
-    while stack:
-        node = stack.pop()
-        if node._name in seen:
-            continue
-        seen.add(node._name)
-        yield node
-        if not (isinstance(node, PinnedGraph) or node._name in inputs):
-            stack.extend(node.dependencies())
+    return PinnedGraph((frame,), pin, is_pinned, *filter(is_input, _walk(frame, is_input)))
 
 
 def _is_graph_of(node: Any, pin: Pin) -> bool:
     return isinstance(node, PinnedGraph) and node.operand("pin") == pin
+
+
+def _is_direct(node: Any, pin: Pin) -> bool:
+    # Dask may still rewrite other expressions, and their names with them.
+    return all(isinstance(child, _DelayedExpr) or _is_graph_of(child, pin) for child in node.dependencies())
+
+
+def _reads_only_graphs(node: Any, pin: Pin) -> bool:
+    """Say whether an expression is block-wise down to pinned graphs of one pool."""
+    if _is_graph_of(node, pin) or isinstance(node, _DelayedExpr):
+        return True
+    children = node.dependencies()
+    return bool(children) and is_valid_blockwise_op(node) and all(_reads_only_graphs(c, pin) for c in children)
 
 
 def _next_private(nodes: Mapping[str, Any], pin: Pin, readers: set[str], dependents: Any) -> Any:
@@ -293,12 +312,12 @@ class PinnedGraph(Expr):  # type: ignore[misc]
 
     @functools.cached_property
     def _fused(self) -> Any:
-        return self._frame.fuse()
+        return _with_own_shuffles(self._frame.fuse(), self.operand("pin"))
 
     @functools.cached_property
     def _name(self) -> str:
-        if isinstance(self._frame, _P2P):
-            return str(self._frame._name)
+        if isinstance(self._fused, _P2P):
+            return str(self._fused._name)
         return f"{key_split(self._fused._name)}-{self.deterministic_token}"
 
     @functools.cached_property
@@ -321,16 +340,19 @@ class PinnedGraph(Expr):  # type: ignore[misc]
         around = current_pin()
         if not is_valid_blockwise_op(parent) or (around is not None and around.pools and around != pin):
             return None
-        inputs = {node._name: node for node in parent.dependencies()}
-        # Dask may still rewrite other expressions, and their names with them.
-        if not all(isinstance(node, _DelayedExpr) or _is_graph_of(node, pin) for node in inputs.values()):
+        if not _is_direct(parent, pin):
             return None
         frame, joined, is_pinned = parent, {parent._name}, False
+        inputs = {node._name: node for node in parent.dependencies()}
         while (graph := _next_private(inputs, pin, joined, dependents)) is not None:
             frame = frame.substitute(graph, graph._frame)
             joined.add(graph._name)
             is_pinned |= graph.operand("is_pinned")
             inputs = {**inputs, **{node._name: node for node in graph.dependencies()}}
+        if frame is parent and not all(
+            _reads_only_graphs(reader, pin) for reader in _dependents_of(parent, dependents)
+        ):
+            return None  # the ways from this graph up do not meet again
         return _pinned_graph(frame, pin, inputs, is_pinned=is_pinned)
 
     def _tree_repr_lines(self, indent: int = 0, recursive: bool = True) -> list[str]:
@@ -341,7 +363,7 @@ class PinnedGraph(Expr):  # type: ignore[misc]
         layers: dict[Key, Any] = {}
         fixed: set[Key] = set()
         inputs = {node._name for node in self.dependencies()}
-        for node in _own_nodes(self._fused, inputs):
+        for node in _walk(self._fused, lambda node: node._name in inputs):
             if node._name in inputs:
                 continue
             layer = node._layer()
