@@ -35,9 +35,10 @@ from xarray.core import indexing
 from meshcompute import writing
 from meshcompute.clients import pool
 from meshcompute.shipping import by_value
+from meshcompute.sitearrays import Reader, VariableAtSite, describe_dataset
 from meshcompute.sitecalls import Site, client_for, names_of_site, result_at, submit_at
 from meshcompute.sitefiles import filesystem
-from meshcompute.siteside import Reader, SiteCall, VariableAtSite, describe_dataset, find_paths
+from meshcompute.siteside import SiteCall, find_paths
 from meshcompute.tables import open_dataframe
 
 __all__ = ["filesystem", "open_dataframe", "open_dataset", "open_mfdataset", "open_zarr"]
@@ -224,7 +225,8 @@ def open_mfdataset(
 
 def _split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keywords of ``xarray.open_dataset`` into those for the site and those for this process."""
-    options = {**options, **(options.pop("backend_kwargs", None) or {})}
+    options = dict(options)
+    options |= options.pop("backend_kwargs", None) or {}
     options.pop("cache", None)  # values are not cached here: xarray's own default with chunks
     if options.pop("chunked_array_type", None) not in (None, "dask"):
         raise ValueError("Only Dask arrays can be loaded at a site: leave out chunked_array_type.")
@@ -281,18 +283,23 @@ _SOURCE = "meshcompute-source"
 class _Placeholder(BackendArray):
     """Shape and type of values that stay at a site."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sample: Any) -> None:
         self.shape = shape
         self.dtype = dtype
+        self.sample = sample
 
     def __getitem__(self, key: Any) -> Any:
-        raise AssertionError("the values of a placeholder are replaced before anybody asks for them")
+        # xarray looks at one element of type object, to see whether it is a date
+        assert self.sample is not None, "a placeholder is replaced before anybody asks for its values"
+        values = np.empty((), object)
+        values[()] = self.sample
+        return np.broadcast_to(values, self.shape)[key.tuple]
 
 
 def _placeholder(variable: VariableAtSite) -> xarray.Variable:
     data = variable.values
     if variable.sealed is not None:
-        data = indexing.LazilyIndexedArray(_Placeholder(variable.shape, variable.dtype))
+        data = indexing.LazilyIndexedArray(_Placeholder(variable.shape, variable.dtype, variable.sample))
     return xarray.Variable(variable.dims, data, variable.attrs, variable.encoding)
 
 
@@ -308,7 +315,7 @@ class _SiteBackend(BackendEntrypoint):
 
 
 class _ReadAtSite:
-    """The array that Dask slices: unpickled anywhere, it is a :class:`meshcompute.siteside.Reader`."""
+    """The array that Dask slices: unpickled anywhere, it is a :class:`meshcompute.sitearrays.Reader`."""
 
     def __init__(self, reader: Reader, shape: tuple[int, ...], dtype: Any) -> None:
         self.reader = reader
@@ -324,7 +331,7 @@ class _ReadAtSite:
         return repr(self.reader)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return by_value(self.reader).__reduce__()
+        return by_value(self.reader, ["meshcompute.siteside"]).__reduce__()
 
 
 def _open_description(source: _Description, local: Mapping[str, Any]) -> xarray.Dataset:

@@ -114,7 +114,8 @@ def submit_at(client: Client, sites: Sequence[str], call: SiteCall) -> Future:
     """
     key = f"{call.function.__name__}-{'-'.join(sites)}-{uuid.uuid4()}"
     with pool(*sites):
-        return client.submit(by_value(call), key=key, pure=False, priority=_PRIORITY)
+        shipped = by_value(call, [call.function.__module__])
+        return client.submit(shipped, key=key, pure=False, priority=_PRIORITY)
 
 
 def result_at(future: Future, sites: Sequence[str], subject: str) -> Any:

@@ -16,7 +16,8 @@ from meshcompute.clients import pool
 from meshcompute.errors import MissingDependencyError
 from meshcompute.shipping import by_value
 from meshcompute.sitecalls import Site, call_at, names_of_site
-from meshcompute.siteside import SiteCall, TableReader, describe_table
+from meshcompute.siteside import SiteCall
+from meshcompute.sitetables import TableReader, describe_table
 
 __all__ = ["open_dataframe"]
 
@@ -83,7 +84,7 @@ def open_dataframe(
 
 
 class _ReadTable:
-    """The function that Dask calls: unpickled anywhere, it is a :class:`meshcompute.siteside.TableReader`."""
+    """The function that Dask calls: unpickled anywhere, it is a :class:`meshcompute.sitetables.TableReader`."""
 
     def __init__(self, reader: TableReader) -> None:
         self.reader = reader
@@ -99,7 +100,7 @@ class _ReadTable:
         return self.reader.__dask_tokenize__()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return by_value(self.reader).__reduce__()
+        return by_value(self.reader, ["meshcompute.siteside"]).__reduce__()
 
 
 class _Piece(bytes):

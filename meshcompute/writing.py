@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 import xarray
+from dask.base import is_dask_collection
 
 from meshcompute.clients import pool
 from meshcompute.errors import UnsupportedPinError
@@ -133,5 +134,5 @@ def _to_netcdf(
 
 
 def _is_lazy(dataset: Any) -> bool:
-    nodes = dataset.subtree if isinstance(dataset, xarray.DataTree) else [dataset]
-    return any(node.chunks for node in nodes)
+    parts = [node.dataset for node in dataset.subtree] if isinstance(dataset, xarray.DataTree) else [dataset]
+    return any(is_dask_collection(part) for part in parts)
