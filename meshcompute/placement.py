@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 __all__ = ["FREE", "ContradictingPinsError", "Graph", "bytes_between", "place"]
@@ -39,6 +39,9 @@ _EMPTY_NBYTES = 2.0**-30
 # A value read by more tasks than this (a broadcast) does not wake all of its readers when one of them moves.
 _BROADCAST = 64
 _MAX_PASSES = 8
+# Up to so many tasks, every start is improved and not the best one alone.
+_SMALL = 1000
+_PRECISION = 1e-12  # relative error of a sum of sizes
 # How many moves in a row may bring no new best before a pass ends.
 _PATIENCE = 200
 
@@ -114,10 +117,15 @@ def place(graph: Graph, n_pools: int) -> list[int]:
     problem = _Problem(graph, n_pools)
     if problem.n_pools <= 1 or not problem.movable:
         return problem.plan([0] * len(problem.pins))
-    candidates = (_tree_plan(problem), _greedy_plan(problem), *_single_pool_plans(problem))
-    best = min((_Partition(problem, pools) for pools in candidates), key=lambda partition: partition.cost)
-    best.improve()
-    return problem.plan(best.pools)
+    pools, unavoidable = (_two_pool_tree_plan if problem.n_pools == 2 else _tree_plan)(problem)
+    if problem.cost(pools) <= unavoidable * (1.0 + _PRECISION):
+        return problem.plan(pools)
+    starts = [pools, _greedy_plan(problem), _heaviest_first_plan(problem), _single_pool_plan(problem)]
+    if len(starts[0]) > _SMALL:
+        starts = [min(starts, key=problem.cost)]
+    for start in starts:
+        _Partition(problem, start).improve()
+    return problem.plan(min(starts, key=problem.cost))
 
 
 def bytes_between(graph: Graph, pools_by_task: Sequence[int]) -> dict[tuple[int, int], float]:
@@ -300,8 +308,25 @@ class _Problem:
         """Give vertices that have no pool yet the one of the neighbour through which they were reached."""
         for vertex, neighbour in self.reached_from.items():
             if pools[vertex] == FREE:
-                pools[vertex] = pools[neighbour]
+                pin = self.pins[vertex]
+                pools[vertex] = pools[neighbour] if pin is None else pin[0]
         return pools
+
+    def nets_of(self, vertex: int) -> tuple[int, ...]:
+        """List the nets that a vertex belongs to."""
+        return (*self.inputs[vertex], *self.outputs[vertex])
+
+    def cost(self, pools: Sequence[int], nets: Iterable[int] | None = None) -> float:
+        """Sum up the bytes that cross, of all nets or of some."""
+        consumers, vertex_of = self.consumers, self.vertex_of
+        total = 0.0
+        for net in range(len(consumers)) if nets is None else nets:
+            home = pools[net if vertex_of is None else vertex_of[net]]
+            for reader in consumers[net]:
+                if pools[reader] != home:
+                    total += self.nbytes[net] * (len({home, *[pools[other] for other in consumers[net]]}) - 1)
+                    break
+        return total
 
     def plan(self, pools: Sequence[int]) -> list[int]:
         """Translate a choice per vertex into a pool per task, with the caller's pool numbers."""
@@ -313,12 +338,20 @@ class _Problem:
         return chosen if vertex_of is None else [chosen[vertex] for vertex in vertex_of]
 
 
-def _tree_plan(problem: _Problem) -> list[int]:
+def _tree_plan(problem: _Problem) -> tuple[list[int], float]:
     """Pass costs from inputs to consumers, then choose from the last tasks back to the first.
 
     ``costs[v][p]`` is what it costs upstream to have vertex v in pool p, less what it costs in any case. A value with
     several consumers splits its costs evenly between them; with one consumer each, the choice is exact.
+
+    Returns
+    -------
+    list of int
+        The plan.
+    float
+        What every plan costs at least: the sum of what was found to be due in any case.
     """
+    unavoidable = 0.0
     pools_range = range(problem.n_pools)
     nbytes, consumers, outputs, pins = problem.nbytes, problem.consumers, problem.outputs, problem.pins
     n = len(pins)
@@ -329,6 +362,10 @@ def _tree_plan(problem: _Problem) -> list[int]:
         pin = pins[vertex]
         if pin is not None and len(pin) == 1:
             chosen[vertex] = only = pin[0]
+            for value in problem.inputs[vertex]:
+                received = messages[value]
+                if received is not None:
+                    unavoidable += received[only]
             for net in outputs[vertex]:
                 if readers := len(consumers[net]):
                     message = [nbytes[net] / readers] * problem.n_pools
@@ -347,6 +384,7 @@ def _tree_plan(problem: _Problem) -> list[int]:
             continue
         costs[vertex] = total
         least = min(total)
+        unavoidable += least
         for net in outputs[vertex]:
             if readers := len(consumers[net]):
                 limit = nbytes[net]
@@ -371,7 +409,50 @@ def _tree_plan(problem: _Problem) -> list[int]:
         if total is not None:
             best = total.index(min(total))
         chosen[vertex] = best
-    return problem.completed(chosen)
+    return problem.completed(chosen), unavoidable
+
+
+def _two_pool_tree_plan(problem: _Problem) -> tuple[list[int], float]:
+    """Do the same as :func:`_tree_plan` for two pools: one number says how much a vertex would rather be in pool 0."""
+    nbytes, consumers, outputs, pins = problem.nbytes, problem.consumers, problem.outputs, problem.pins
+    unavoidable = 0.0
+    leans = [0.0] * len(pins)
+    messages = [0.0] * len(pins)
+    chosen = [FREE] * len(pins)
+    for vertex in problem.order:
+        to_first = to_second = 0.0
+        for value in problem.inputs[vertex]:
+            message = messages[value]
+            if message > 0.0:
+                to_first += message
+            else:
+                to_second -= message
+        pin = pins[vertex]
+        if pin is None or len(pin) == 2:
+            unavoidable += min(to_first, to_second)
+            lean = leans[vertex] = to_first - to_second
+            if lean == 0.0:
+                continue
+        else:
+            chosen[vertex] = pin[0]
+            unavoidable += to_first if pin[0] else to_second
+            lean = -math.inf if pin[0] else math.inf
+        for net in outputs[vertex]:
+            if readers := len(consumers[net]):
+                limit = nbytes[net]
+                messages[net] = (limit if lean > limit else max(lean, -limit)) / readers
+    for vertex in reversed(problem.order):
+        if chosen[vertex] != FREE:
+            continue
+        lean = leans[vertex]
+        for net in outputs[vertex]:
+            needed = {chosen[reader] for reader in consumers[net]}
+            needed.discard(FREE)
+            if len(needed) == 1:
+                lean += -nbytes[net] if 1 in needed else nbytes[net]
+        if lean != 0.0:
+            chosen[vertex] = 0 if lean > 0.0 else 1
+    return problem.completed(chosen), unavoidable
 
 
 def _greedy_plan(problem: _Problem) -> list[int]:
@@ -404,8 +485,52 @@ def _greedy_plan(problem: _Problem) -> list[int]:
     return problem.completed(chosen)
 
 
-def _single_pool_plans(problem: _Problem) -> list[list[int]]:
-    return [[pool if pin is None or pool in pin else pin[0] for pin in problem.pins] for pool in range(problem.n_pools)]
+def _heaviest_first_plan(problem: _Problem) -> list[int]:
+    """Join what the heaviest values touch, unless that would join pools; the light values are left to cross."""
+    parent = list(range(len(problem.pins)))
+    allowed = list(problem.pins)
+    consumers, vertex_of = problem.consumers, problem.vertex_of
+
+    def find(vertex: int) -> int:
+        while parent[vertex] != vertex:
+            parent[vertex] = vertex = parent[parent[vertex]]
+        return vertex
+
+    nbytes = problem.nbytes
+    for net in sorted(range(len(nbytes)), key=nbytes.__getitem__, reverse=True):
+        readers = consumers[net]
+        if not readers:
+            continue
+        root = find(net if vertex_of is None else vertex_of[net])
+        for reader in readers:
+            other = find(reader)
+            if other == root:
+                continue
+            mine, theirs = allowed[root], allowed[other]
+            if mine is not None and theirs is not None and mine != theirs:
+                common = tuple([pool for pool in mine if pool in theirs])
+                if not common:
+                    continue
+                mine = common
+            parent[other] = root
+            allowed[root] = theirs if mine is None else mine
+    plan = [FREE] * len(parent)
+    for vertex in problem.reached_from:
+        pin = allowed[find(vertex)]
+        if pin is not None:
+            plan[vertex] = pin[0]
+    return problem.completed(plan)
+
+
+def _single_pool_plan(problem: _Problem) -> list[int]:
+    """Put every vertex that may be there into one pool, the best one."""
+    near_pins = {net for vertex, pin in enumerate(problem.pins) if pin is not None for net in problem.nets_of(vertex)}
+    best, least = 0, math.inf
+    for pool in range(problem.n_pools):
+        plan = [pool if pin is None or pool in pin else pin[0] for pin in problem.pins]
+        if (cost := problem.cost(plan, near_pins)) < least:
+            best, least = pool, cost
+    return [best if pin is None or best in pin else pin[0] for pin in problem.pins]
 
 
 class _Partition:
@@ -414,7 +539,7 @@ class _Partition:
     ``counts[p][e]`` is how many vertices of net e are in pool p.
     """
 
-    __slots__ = ("cost", "counts", "pools", "problem")
+    __slots__ = ("counts", "pools", "problem")
 
     def __init__(self, problem: _Problem, pools: list[int]) -> None:
         self.problem = problem
@@ -426,13 +551,6 @@ class _Partition:
                 row[net] += 1
             for net in problem.outputs[vertex]:
                 row[net] += 1
-        nbytes = problem.nbytes
-        self.cost = 0.0
-        for net, present in enumerate(zip(*counts, strict=True)):
-            if 0 in present and (n_pools := len(present) - present.count(0)) > 1:
-                self.cost += nbytes[net] * (n_pools - 1)
-            elif 0 not in present:
-                self.cost += nbytes[net] * (len(present) - 1)
 
     def improve(self) -> None:
         """Move vertices between pools until nothing is gained."""
@@ -466,7 +584,7 @@ class _Partition:
         problem, counts = self.problem, self.counts
         nbytes = problem.nbytes
         here = self.pools[vertex]
-        nets = (*problem.inputs[vertex], *problem.outputs[vertex])
+        nets = problem.nets_of(vertex)
         row = counts[here]
         saved = 0.0
         for net in nets:
@@ -489,7 +607,7 @@ class _Partition:
     def _move(self, vertex: int, pool: int) -> None:
         problem = self.problem
         here, there = self.counts[self.pools[vertex]], self.counts[pool]
-        for net in (*problem.inputs[vertex], *problem.outputs[vertex]):
+        for net in problem.nets_of(vertex):
             here[net] -= 1
             there[net] += 1
         self.pools[vertex] = pool
@@ -517,28 +635,28 @@ class _Partition:
                 continue
             done.append((vertex, self.pools[vertex]))
             locked.add(vertex)
+            woken = self._woken_by(vertex, pool)
             self._move(vertex, pool)
             gained += gain
             if gained > best:
                 best, n_best = gained, len(done)
-            for neighbour in self._woken_by(vertex):
+            for neighbour in woken:
                 if neighbour in movable and neighbour not in locked:
                     gain, pool = self._best_move(neighbour)
                     heapq.heappush(heap, (-gain, neighbour, pool))
         for vertex, pool in reversed(done[n_best:]):
             self._move(vertex, pool)
-        self.cost -= best
         return n_best > 0
 
-    def _woken_by(self, vertex: int) -> list[int]:
+    def _woken_by(self, vertex: int, pool: int) -> set[int]:
+        """Find the vertices for which a move, not made yet, changes what their own moves save."""
         problem = self.problem
         vertex_of, consumers = problem.vertex_of, problem.consumers
-        found = []
-        for net in problem.inputs[vertex]:
-            if len(consumers[net]) <= _BROADCAST:
-                found.extend(consumers[net])
-            found.append(net if vertex_of is None else vertex_of[net])
-        for net in problem.outputs[vertex]:
-            if len(consumers[net]) <= _BROADCAST:
-                found.extend(consumers[net])
+        here, there = self.counts[self.pools[vertex]], self.counts[pool]
+        found: set[int] = set()
+        for net in problem.nets_of(vertex):
+            if there[net] < 2 or here[net] < 3:
+                if len(consumers[net]) <= _BROADCAST:
+                    found.update(consumers[net])
+                found.add(net if vertex_of is None else vertex_of[net])
         return found
