@@ -45,7 +45,8 @@ fi
 export CI=true MESHCOMPUTE_STOCK_PYTHON=$stock/bin/python
 export MPLBACKEND=Agg # no window, wherever this runs
 unset PYTHONPATH
-PATH=$venv/bin:$PATH PYTHON=$venv/bin/python "$top/scripts/check"
+status=0
+PATH=$venv/bin:$PATH PYTHON=$venv/bin/python "$top/scripts/check" || status=1 # and the tests run all the same
 
 arguments=()
 for argument in "$@"; do
@@ -62,4 +63,5 @@ done
 # From an empty folder: neither the current folder nor the rootdir may stand in for the wheel.
 mkdir -p "$venv/empty"
 cd "$venv/empty"
-PATH=$venv/bin:$PATH exec "$venv/bin/pytest" -c "$top/pyproject.toml" --rootdir "$top" -o cache_dir="$venv/pytest-cache" "${arguments[@]}"
+PATH=$venv/bin:$PATH "$venv/bin/pytest" -c "$top/pyproject.toml" --rootdir "$top" -o cache_dir="$venv/pytest-cache" "${arguments[@]}" || status=1
+exit "$status"
