@@ -167,7 +167,7 @@ class Traffic:
         self._pool_of_address[address] = "+".join(pools) or UNPOOLED
 
     def _receive(self, report: dict[str, Any]) -> None:
-        key = report["address"], report["worker"]
+        key = report["address"], report["worker_id"]
         known = self._reports.get(key)
         if known is None or report["n_counted"] >= known["n_counted"]:
             self._reports[key] = report

@@ -309,7 +309,7 @@ class Tap:
         resources: Iterable[str] = self.worker.state.total_resources
         return {
             "address": self.worker.address,
-            "worker": str(self.worker.id),
+            "worker_id": str(self.worker.id),
             "pools": sorted(r.removeprefix(POOL_PREFIX) for r in resources if r.startswith(POOL_PREFIX)),
             "n_counted": block.n_counted,
             "rows": [[*key, *row] for key, row in block.counts.items()],
