@@ -184,11 +184,9 @@ class PinnedFrame(Blockwise):  # type: ignore[misc]
             length = kind(frame).simplify()
         return length if isinstance(length, Literal) else None
 
-    def _rewritten(self, kind: str, rewritten: Any) -> Any:
+    def rewrite(self, kind: str, rewritten: Any) -> Any:
         with _inside(self.operand("pin")):
             return super().rewrite(kind, rewritten)
-
-    rewrite = _rewritten
 
     # Lowering
 
