@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,11 +141,11 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in pins}
     else:
         pool_by_key = {key: pin.pools[0] for key, pin in pins.items()}
-    relays = _relays(tasks, pool_by_key, known) if request.is_propagating else {}
+    relays, fetching = _relays(tasks, pool_by_key, known) if request.is_propagating else ({}, set())
     for key, source in relays.items():
         if source in nbytes:
             nbytes[key] = nbytes[source]
-    _annotate(annotations, tasks, pool_by_key, pins, request.resources)
+    _annotate(annotations, tasks, pool_by_key, pins, fetching, request.resources)
     return Assignment(
         tasks=tasks,
         annotations=annotations,
@@ -229,8 +229,18 @@ def _place(
     return {key: names[pool] for key, pool in zip(keys, pools, strict=True) if pool >= 0}
 
 
-def _relays(tasks: dict[Key, GraphNode], pool_by_key: dict[Key, str], known: Mapping[Key, Known]) -> dict[Key, Key]:
-    """Add a relay wherever several tasks of one pool read one value of another."""
+def _relays(
+    tasks: dict[Key, GraphNode], pool_by_key: dict[Key, str], known: Mapping[Key, Known]
+) -> tuple[dict[Key, Key], set[Key]]:
+    """Add a relay wherever several tasks of one pool read one value of another.
+
+    Returns
+    -------
+    dict
+        Key of the relayed value by key of the relay.
+    set
+        Keys of the tasks that read from another pool: relays, and single readers.
+    """
     readers: dict[tuple[Key, str], list[Key]] = defaultdict(list)
     for key, task in tasks.items():
         pool = pool_by_key.get(key)
@@ -240,12 +250,16 @@ def _relays(tasks: dict[Key, GraphNode], pool_by_key: dict[Key, str], known: Map
             if pool_by_key.get(dep, pool) != pool and not (dep in known and pool in known[dep].pools):
                 readers[dep, pool].append(key)
     relays = {}
+    fetching = set()
     for (source, pool), consumers in readers.items():
         if len(consumers) > 1:
             key = taskgraph.relay(tasks, source, consumers, pool)
             relays[key] = source
             pool_by_key[key] = pool
-    return relays
+            fetching.add(key)
+        else:
+            fetching.update(consumers)
+    return relays, fetching
 
 
 def _annotate(
@@ -253,6 +267,7 @@ def _annotate(
     tasks: Mapping[Key, GraphNode],
     pool_by_key: Mapping[Key, str],
     pins: Mapping[Key, Pin],
+    fetching: Set[Key],
     common: Mapping[str, float],
 ) -> None:
     """Write pools as the annotations that the scheduler and the guard obey."""
@@ -262,6 +277,8 @@ def _annotate(
     # The same few dictionaries serve all tasks: a million of their own would be slow and large.
     shared = functools.cache(lambda pool, extra: {**common, **dict(extra), resource_of(pool): 0})
     note = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned})
+    # Stolen half-way through its fetch from another pool, a task would fetch again on another worker.
+    fixed = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned, "fetches": True})
     for key, pool in pool_by_key.items():
         if key not in tasks:
             continue
@@ -270,7 +287,7 @@ def _annotate(
         if key in given and isinstance(given[key], Mapping):
             extra = tuple(sorted({**split_resources(given[key])[1], **dict(extra)}.items()))
         resources[key] = shared(pool, extra)
-        notes[key] = note(pool, pin is not None)
+        notes[key] = (fixed if key in fetching else note)(pool, pin is not None)
     annotations["resources"] = resources
     annotations[ANNOTATION] = notes
 

@@ -15,7 +15,7 @@ from distributed.shuffle._core import P2PBarrierTask, barrier_key
 from distributed.shuffle._scheduler_plugin import ShuffleSchedulerPlugin
 from distributed.stealing import WorkStealing
 
-from meshcompute.pools import POOL_PREFIX
+from meshcompute.pools import ANNOTATION, POOL_PREFIX
 from meshcompute.schedulerqueue import drop_pool, is_pinned, or_stock, pool_of
 
 __all__ = ["EXTENSIONS", "is_barrier"]
@@ -38,16 +38,27 @@ class PoolStealing(WorkStealing):
     """Work stealing that never takes a task out of its pool, whatever other restrictions allow."""
 
     @_override
+    def put_key_in_stealable(self, ts: Any) -> None:
+        # Stolen half-way through its fetch from another pool, it makes the value cross a second time.
+        if not (ts.annotations and (note := ts.annotations.get(ANNOTATION)) and note.get("fetches")):
+            super().put_key_in_stealable(ts)
+
+    @_override
     def _get_thief(self, scheduler: Any, ts: Any, potential_thieves: set[Any], *, occupancies: Any) -> Any:
         if pool_of(ts) is None:
             return super()._get_thief(scheduler, ts, potential_thieves, occupancies=occupancies)
-        # Loose restrictions make stock fall back to any thief.
-        valid = scheduler.valid_workers(ts) or set()
-        thieves = potential_thieves & valid
+        thieves = potential_thieves & (scheduler.valid_workers(ts) or set())
+        if not thieves and ts.loose_restrictions:
+            # Stock falls back to any thief. Restrictions are loose about names of workers, never about pools.
+            thieves = self._thieves_of_pool(scheduler, ts, potential_thieves)
         if not thieves:
             scheduler.pool_counts["steals_refused"] += 1
             return None
         return super()._get_thief(scheduler, ts, thieves, occupancies=occupancies)
+
+    @or_stock(frozenset[Any]())
+    def _thieves_of_pool(self, scheduler: Any, ts: Any, potential_thieves: set[Any]) -> set[Any]:
+        return potential_thieves & scheduler.pool_lanes.of(ts).workers
 
 
 class PoolMemoryManager(ActiveMemoryManagerExtension):
