@@ -30,7 +30,7 @@ _HOME_OF = {
     "visualize_pools": "plots",
 }
 
-__all__ = list(_HOME_OF)  # noqa: PLE0605
+__all__ = list(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:

@@ -247,7 +247,9 @@ def _hooked(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[
     return wrapper
 
 
-def _graph_to_futures(original: Callable[..., Any], self: Client, expr: Any, keys: Any, *args: Any, **kwargs: Any) -> Any:
+def _graph_to_futures(
+    original: Callable[..., Any], self: Client, expr: Any, keys: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Wrap a graph that has pins, or that is to be placed."""
     is_propagating = bool(setting("propagate"))
     pin = current_pin()
@@ -284,7 +286,9 @@ class _InPools:
         self.pin = pin
 
 
-def _scatter(original: Callable[..., Any], self: Client, data: Any, workers: Any = None, *args: Any, **kwargs: Any) -> Any:
+def _scatter(
+    original: Callable[..., Any], self: Client, data: Any, workers: Any = None, *args: Any, **kwargs: Any
+) -> Any:
     pin = current_pin()
     if workers is None and pin is not None and pin.pools:
         workers = _InPools(pin)

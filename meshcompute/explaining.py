@@ -42,7 +42,7 @@ T = TypeVar("T")
 class Crossing:
     """Values of one kind that cross from one pool to another.
 
-    Parameters
+    Attributes
     ----------
     name
         Kind of the task that makes them, as the dashboard names it.
@@ -210,7 +210,7 @@ class Plan:
         if self.crossings:
             lines += ["", "largest crossings"]
             lines += [
-                f"  {format_bytes(int(c.nbytes)):>10}  {c.source} -> {c.destination}  {c.count} x {c.name} for {c.reader}"
+                f"  {format_bytes(int(c.nbytes)):>10}  {c.source} -> {c.destination} {c.count} x {c.name}, for {c.reader}"
                 for c in self.crossings[:_SHOWN_CROSSINGS]
             ]
             if len(self.crossings) > _SHOWN_CROSSINGS:

@@ -22,7 +22,7 @@ __all__ = ["ClientView", "EmptyView", "Known", "SchedulerView", "View"]
 class Known:
     """A task that the cluster knows already.
 
-    Parameters
+    Attributes
     ----------
     nbytes
         Size of its value in memory, -1 if it is not there yet.
@@ -59,7 +59,7 @@ class EmptyView:
         """Name no pool."""
         return ()
 
-    def known(self, key: Key) -> Known | None:  # noqa: ARG002 - the face of View
+    def known(self, key: Key) -> Known | None:
         """Know nothing."""
         return None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ __all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
 class Request:
     """What a client asks for.
 
-    Parameters
+    Attributes
     ----------
     keys
         Keys whose values the client wants.
@@ -54,7 +54,7 @@ class Request:
 class Assignment:
     """The plan, in the terms of Dask.
 
-    Parameters
+    Attributes
     ----------
     tasks
         Task by key, relays included, with nothing of ours in it.
@@ -145,7 +145,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     for key, source in relays.items():
         if source in nbytes:
             nbytes[key] = nbytes[source]
-    _annotate(annotations, tasks, pool_by_key, pins, fetching, request.resources)
+    _annotate(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources)
     return Assignment(
         tasks=tasks,
         annotations=annotations,
@@ -209,9 +209,7 @@ def _place(
             pinned.append(None)
     for key, task in tasks.items():
         if taskgraph.is_shuffle_barrier(task):
-            together.append(
-                [index[key], *(index[k] for k, t in tasks.items() if key in t.dependencies)]
-            )
+            together.append([index[key], *(index[k] for k, t in tasks.items() if key in t.dependencies)])
     graph = placement.Graph(
         dependencies=dependencies,
         nbytes=[nbytes.get(key, 0.0) for key in keys],
@@ -267,7 +265,8 @@ def _annotate(
     tasks: Mapping[Key, GraphNode],
     pool_by_key: Mapping[Key, str],
     pins: Mapping[Key, Pin],
-    fetching: Set[Key],
+    *,
+    fetching: Container[Key],
     common: Mapping[str, float],
 ) -> None:
     """Write pools as the annotations that the scheduler and the guard obey."""

@@ -44,7 +44,7 @@ _UNUSABLE = re.compile(r"[\s,=\x00-\x1f\x7f]")
 class Pin:
     """Where a task must run: one of these pools, and what else it asks of a worker.
 
-    Parameters
+    Attributes
     ----------
     pools
         Names of the pools where the data is. Several names are replicas: the planner picks. No name means

@@ -139,8 +139,7 @@ def _receive(version: str, sources: dict[str, str] | None, payload: Any, *buffer
             if sources is None or fullname not in sources:
                 return None
             is_package = fullname == "meshcompute"
-            spec = importlib.machinery.ModuleSpec(fullname, self, origin="shipped", is_package=is_package)
-            return spec
+            return importlib.machinery.ModuleSpec(fullname, self, origin="shipped", is_package=is_package)
 
         def exec_module(self, module: Any) -> None:
             assert sources is not None
@@ -179,7 +178,7 @@ def _receive(version: str, sources: dict[str, str] | None, payload: Any, *buffer
 
             return Refused(VersionMismatchError(version, meshcompute.__version__))
         return loads(payload, buffers=buffers)
-    except Exception as exc:  # noqa: BLE001 - whatever it is, it has to reach the future of the user
+    except Exception as exc:
         return Refused(exc)
 
 
@@ -199,4 +198,3 @@ def _receive_by_value() -> tuple[Any, ...]:
 
 
 _RECEIVE = _Receive()
-

@@ -102,9 +102,7 @@ def pinned(task: GraphNode, pin: Pin) -> GraphNode:
         if task.func is _execute_subgraph and any(_has_pin(t) for t in task.args[0].values()):
             inner = {k: pinned(t, pin) for k, t in task.args[0].items()}
             return Task(task.key, task.func, inner, *task.args[1:], _data_producer=task._data_producer)
-        return PinnedTask(
-            task.key, task.func, *task.args, _pin=pin, _data_producer=task._data_producer, **task.kwargs
-        )
+        return PinnedTask(task.key, task.func, *task.args, _pin=pin, _data_producer=task._data_producer, **task.kwargs)
     if isinstance(task, PinnedTask) or _is_p2p(task):
         return task
     value: Any = TaskRef(task.target) if isinstance(task, Alias) else task
@@ -142,9 +140,8 @@ def has_pins(expr: Any) -> bool:
             if isinstance(operand, HighLevelGraph):
                 if any(_layer_has_pin(layer) for layer in operand.layers.values()):
                     return True
-            elif isinstance(operand, Mapping):
-                if any(_has_pin(t) for t in operand.values()):
-                    return True
+            elif isinstance(operand, Mapping) and any(_has_pin(t) for t in operand.values()):
+                return True
         if getattr(node, "has_pin", False):  # a dataframe's pinned node
             return True
     return False
@@ -270,10 +267,10 @@ def optimize_with(stock: Callable[..., Any], dsk: Any, keys: Any, **kwargs: Any)
     if isinstance(result, HighLevelGraph):  # fusion is off: the groups have done their work, the tasks have the pins
         layers = {}
         for name, layer in result.layers.items():
-            if layer.annotations and ANNOTATION in layer.annotations:
-                layer = copy.copy(layer)
-                layer.annotations = _without_pin(layer.annotations) or None
             layers[name] = layer
+            if layer.annotations and ANNOTATION in layer.annotations:
+                layers[name] = copy.copy(layer)
+                layers[name].annotations = _without_pin(layer.annotations) or None
         result = HighLevelGraph(layers, result.dependencies)
     return result
 
@@ -365,8 +362,7 @@ def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
     plain: Graph = {}
     extractor = _Extractor()
     for key, task in split_conflicts(graph).items():
-        task, pin = extractor(task)
-        plain[key] = task
+        plain[key], pin = extractor(task)
         if pin is not None:
             pins[key] = pin
     return plain, pins
@@ -415,7 +411,7 @@ class _Extractor:
 
 
 def _with_args(task: Task, args: tuple[Any, ...]) -> Task:
-    new = copy.copy(task) if type(task) is not Task else _plain(task)  # type: ignore[arg-type]
+    new = copy.copy(task) if type(task) is not Task else _plain(task)
     new.args = args
     new._token = new._repr = None
     return new
@@ -487,7 +483,7 @@ def _pins_in(task: Any) -> Iterator[Pin]:
 def _taken_apart(key: Key, task: Task) -> Graph:
     inner, outkey, inkeys, *values = task.args
     new_keys = {k: f"{key_split(k)}-{tokenize(key, k)}" for k in inner}
-    new_keys[outkey] = key  # type: ignore[assignment]
+    new_keys[outkey] = key
     substitutes: dict[Key, Any] = {**new_keys, **dict(zip(inkeys, values, strict=True))}
     parts = {}
     for k, part in inner.items():

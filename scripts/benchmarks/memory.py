@@ -122,9 +122,9 @@ def main() -> int:
     for shape, pools in SHAPES.items():
         runs: dict[str, list[dict[str, float]]] = {"stock": [], "naive": [], "ours": []}
         for i in range(options.runs):
-            for way in runs:
-                runs[way].append(measure(way, pools, options.chunks))
-                print(f"  {shape}, run {i + 1} of {options.runs}, {way}: {runs[way][-1]['peak_nbytes'] / 1e6:.0f} MB")
+            for way, measured in runs.items():
+                measured.append(measure(way, pools, options.chunks))
+                print(f"  {shape}, run {i + 1} of {options.runs}, {way}: {measured[-1]['peak_nbytes'] / 1e6:.0f} MB")
         results.append(
             {
                 "shape": shape,
@@ -132,7 +132,9 @@ def main() -> int:
                 "seconds": {w: statistics.median(r["seconds"] for r in rs) for w, rs in runs.items()},
             }
         )
-    print(f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}")
+    print(
+        f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}"
+    )
     print(f"{options.chunks} chunks of {CHUNK_NBYTES / 1e6:g} MB, 4 threads in all")
     print(f"{'shape':<20}{'way':>8}{'peak MB':>10}{'x stock':>10}{'seconds':>10}")
     for r in results:

@@ -173,12 +173,15 @@ def main() -> int:
         with EmbeddedMesh(stores, workers_per_site=1, threads_per_worker=2) as mesh, mesh.client() as client:
             client.run_on_scheduler(start_watch, tick=TICK_SECONDS)
             gate = Event("open")
-            busy = client.map(lambda i: Event("open").wait(), range(4), key=[f"busy-{i}" for i in range(4)], priority=100)
-            for n_tasks in options.tasks:
-                results.append(run(n_tasks, options.pairs, client, mesh.pids["scheduler"]))
+            busy = client.map(
+                lambda _: Event("open").wait(), range(4), key=[f"busy-{i}" for i in range(4)], priority=100
+            )
+            results += [run(n, options.pairs, client, mesh.pids["scheduler"]) for n in options.tasks]
             gate.set()
             client.gather(busy)
-    print(f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}")
+    print(
+        f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}"
+    )
     print(f"{'tasks':>9}{'way':>9}{'CPU s':>9}{'added us/task':>15}{'submit hold s':>15}{'cancel hold s':>15}")
     for r in results:
         for way in WAYS:

@@ -82,7 +82,9 @@ def test_predicted_bytes_are_near_the_measured_ones(name: str, sites: Any) -> No
             result = x.compute()
     assert np.isfinite(result).all()
     for ours in (False, True):  # between the pools, and the result to the client
-        measured = sum(n for (s, d), n in traffic.bytes_between_pools.items() if s != "client" and (d == "client") == ours)
+        measured = sum(
+            n for (s, d), n in traffic.bytes_between_pools.items() if s != "client" and (d == "client") == ours
+        )
         predicted = sum(n for (_, d), n in plan.bytes_between_pools.items() if (d == "client") == ours)
         assert 0.7 * measured - 100 <= predicted <= 1.4 * measured + 100, ours
 
