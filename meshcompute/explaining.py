@@ -210,7 +210,8 @@ class Plan:
         if self.crossings:
             lines += ["", "largest crossings"]
             lines += [
-                f"  {format_bytes(int(c.nbytes)):>10}  {c.source} -> {c.destination} {c.count} x {c.name}, for {c.reader}"
+                f"  {format_bytes(int(c.nbytes)):>10}  {c.source} -> {c.destination}"
+                f"  {c.count} x {c.name}, for {c.reader}"
                 for c in self.crossings[:_SHOWN_CROSSINGS]
             ]
             if len(self.crossings) > _SHOWN_CROSSINGS:

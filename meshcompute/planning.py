@@ -190,7 +190,6 @@ def _place(
 
     dependencies: list[list[int]] = []
     pinned: list[tuple[int, ...] | None] = []
-    together = []
     for key in keys:
         seen = known.get(key)
         if seen is not None and seen.is_in_memory:
@@ -207,14 +206,16 @@ def _place(
             pinned.append(numbers(seen.pools))
         else:
             pinned.append(None)
-    for key, task in tasks.items():
-        if taskgraph.is_shuffle_barrier(task):
-            together.append([index[key], *(index[k] for k, t in tasks.items() if key in t.dependencies)])
+    barriers: dict[Key, list[int]] = {k: [index[k]] for k, t in tasks.items() if taskgraph.is_shuffle_barrier(t)}
+    if barriers:
+        for key, task in tasks.items():
+            for barrier in task.dependencies & barriers.keys():
+                barriers[barrier].append(index[key])
     graph = placement.Graph(
         dependencies=dependencies,
         nbytes=[nbytes.get(key, 0.0) for key in keys],
         pins=pinned,
-        together=together,
+        together=list(barriers.values()),
     )
     try:
         pools = placement.place(graph, len(names))
