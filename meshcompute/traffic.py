@@ -82,7 +82,11 @@ class Traffic:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._require_client().sync(self._close)
+        client = self._require_client()
+        if client.status == "closed":
+            self._abandon()
+        else:
+            client.sync(self._close)
 
     async def __aenter__(self) -> Self:
         client = self._require_client()
@@ -94,7 +98,10 @@ class Traffic:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._close()
+        if self._require_client().status == "closed":
+            self._abandon()
+        else:
+            await self._close()
 
     def _require_client(self) -> Any:
         if self._client is None:
@@ -132,6 +139,15 @@ class Traffic:
             self._is_open = False
             await self._remove_plugin()
             self._client = None  # the figures may live long; they need no client
+
+    def _abandon(self) -> None:
+        self._ended_seconds = time()
+        self._is_open = False
+        self._client = None
+        self._warnings.append(
+            "The client was closed inside the block: these are the counts of the last reports, and the counters "
+            "stay on the workers until those end. Close the client after the block."
+        )
 
     async def _remove_plugin(self) -> None:
         client = self._require_client()

@@ -17,6 +17,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from dask import sizeof as dask_sizeof  # the module: its dispatcher, pickled by value, would come without numpy
@@ -31,7 +32,11 @@ POOL_PREFIX = "pool-"
 REPORT_SECONDS = 1.0  # what a worker that is killed takes with it, at most
 EMBEDDED_MIN_NBYTES = 1024  # smaller values are arguments (shapes, slices, names), part of the task's message
 _TAP = "_meshcompute_tap"
-_SMALL_TYPES = frozenset({int, float, complex, bool, type(None), slice, type, range, TaskRef, Alias})
+_MOST_PARTS = 100_000  # of one task: beyond, a list that holds itself is likelier
+_SAMPLED_FROM = 32  # values in a container
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_CONTAINERS = frozenset({tuple, list, set, frozenset, dict})
+_SMALL_TYPES = frozenset({int, float, complex, bool, type(None), slice, type, range, TaskRef, Alias, *_FUNCTIONS})
 
 
 class Block:
@@ -79,8 +84,10 @@ class CountingLog(deque):  # type: ignore[type-arg]
             One transfer, as ``Worker.get_data`` writes it.
         """
         super().append(entry)
-        with self.tap.harmless("transfers between workers, and results"):
+        try:  # harmless() itself costs as much as counting
             self.tap.gathered(entry)
+        except Exception as exc:
+            self.tap._miss("transfers between workers, and results", exc)
 
 
 class Tap:
@@ -123,8 +130,12 @@ class Tap:
         try:
             yield
         except Exception as exc:
-            if not any(text.startswith(what) for text in self.missing):
-                self.missing.append(f"{what} ({exc!r})")
+            self._miss(what, exc)
+
+    def _miss(self, what: str, error: Exception) -> None:
+        """Note what could not be counted, once."""
+        if not any(text.startswith(what) for text in self.missing):
+            self.missing.append(f"{what} ({error!r})")
 
     def uninstall(self) -> None:
         """Take every hook out; the worker is then as it was, with the entries that its log got meanwhile."""
@@ -167,7 +178,7 @@ class Tap:
         nbytes, who = int(entry["total"]), entry["who"]
         began = entry["start"] - self.worker.scheduler_delay  # the log is in the scheduler's time
         wire_nbytes = entry["compressed"]
-        wire = int(wire_nbytes) if wire_nbytes else nbytes
+        wire = int(wire_nbytes) if wire_nbytes > 1 else nbytes  # connections inside one process write "1"
         for block in self.blocks.values():
             if began <= block.settling_since_seconds:
                 block.n_unsettled -= 1
@@ -246,7 +257,7 @@ class Tap:
             @functools.wraps(original)
             async def gather_from_workers(who_has: Any, rpc: Any, **kwargs: Any) -> Any:
                 for address, tap in taps.items():
-                    if kwargs.get("who") is None and tap.owns_client_with(rpc):
+                    if kwargs.get("who") is None and tap._owns_client_with(rpc):
                         kwargs["who"] = address  # else the sender takes the task's client for the user's
                 return await original(who_has, rpc, **kwargs)
 
@@ -254,19 +265,8 @@ class Tap:
 
         self._share(distributed.client, "gather_from_workers", self.worker.address, counting)
 
-    def owns_client_with(self, rpc: Any) -> bool:
-        """Tell whether a pool of connections is that of the client that this worker made for its tasks.
-
-        Parameters
-        ----------
-        rpc
-            The pool of connections.
-
-        Returns
-        -------
-        bool
-            True if it is. A client of the user in the same process is not.
-        """
+    def _owns_client_with(self, rpc: Any) -> bool:
+        """Tell whether connections are those of the client that this worker made for its tasks."""
         client = self.worker._client
         return client is not None and client.rpc is rpc and client in type(self.worker)._initialized_clients
 
@@ -451,24 +451,36 @@ def embedded_nbytes(node: Any) -> int:
         Bytes of arguments that are values; references to other tasks, the functions and lazy arrays of files
         (which travel as a path) count next to nothing.
     """
-    if type(node) in _SMALL_TYPES:
-        return 0
-    if isinstance(node, DataNode):
-        return embedded_nbytes(node.value)
-    if isinstance(node, Task):
-        nbytes = sum(map(embedded_nbytes, node.args)) + embedded_nbytes(node.func)
-        return nbytes + sum(map(embedded_nbytes, node.kwargs.values())) if node.kwargs else nbytes
-    if isinstance(node, functools.partial):
-        return sum(map(embedded_nbytes, node.args)) + sum(map(embedded_nbytes, node.keywords.values()))
-    if isinstance(node, dict):  # a fused task holds its tasks in one
-        if any(isinstance(value, GraphNode) for value in node.values()):
-            return sum(map(embedded_nbytes, node.values()))
-        return int(dask_sizeof.sizeof(node))
-    if isinstance(node, str):
-        return len(node)
-    if callable(node):
-        return 0
-    return _value_nbytes(node)
+    nbytes = 0
+    parts = [node]
+    for _ in range(_MOST_PARTS):
+        if not parts:
+            return nbytes
+        part = parts.pop()
+        kind = type(part)
+        if kind in _SMALL_TYPES:
+            continue
+        if isinstance(part, Task):
+            parts += part.args
+            parts += part.kwargs.values()
+            if type(part.func) is functools.partial:
+                parts.append(part.func)
+        elif kind in _CONTAINERS:
+            values = part.values() if kind is dict else part
+            if len(part) <= _SAMPLED_FROM or any(isinstance(value, GraphNode) for value in values):
+                parts += values
+            else:
+                nbytes += int(dask_sizeof.sizeof(part))  # looks at some of the values only
+        elif kind is str:
+            nbytes += len(part)
+        elif isinstance(part, DataNode):
+            parts.append(part.value)
+        elif kind is functools.partial:
+            parts += part.args
+            parts += part.keywords.values()
+        elif not callable(part):
+            nbytes += _value_nbytes(part)
+    raise RuntimeError(f"a task of more than {_MOST_PARTS} parts")
 
 
 def _value_nbytes(value: Any) -> int:

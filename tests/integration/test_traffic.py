@@ -41,33 +41,30 @@ def ones(client: Client, n_bytes: int, where: dict[str, int]) -> Any:
 
 
 def left_behind(client: Client) -> dict[str, Any]:
-    def look(dask_worker: Any) -> list[Any]:
+    """What a block has put on workers and scheduler and that is still there."""
+
+    def look(dask_worker: Any) -> list[str]:
         import distributed.client
         from distributed.shuffle._core import ShuffleRun
 
-        functions = [
-            ShuffleRun._send,
-            distributed.client.gather_from_workers,
-            dask_worker.handlers["update_data"],
-            dask_worker.stream_handlers["compute-task"],
-        ]
-        return [
-            type(dask_worker.transfer_outgoing_log).__name__,
-            *(function.__module__ for function in functions),
-            *(name for name in dask_worker.plugins if "traffic" in name),
-            *(name for name in vars(dask_worker) if "meshcompute_tap" in name),
-        ]
+        functions = {
+            "_send": ShuffleRun._send,
+            "gather_from_workers": distributed.client.gather_from_workers,
+            "update_data": dask_worker.handlers["update_data"],
+            "compute-task": dask_worker.stream_handlers["compute-task"],
+            "append": type(dask_worker.transfer_outgoing_log).append,
+        }
+        ours = [name for name, f in functions.items() if "meshcompute" in str(getattr(f, "__code__", None))]
+        names = [*dask_worker.plugins, *vars(dask_worker)]
+        return ours + [name for name in names if name.startswith(("meshcompute-traffic", "_meshcompute_tap"))]
 
-    expected = [
-        "deque", "distributed.shuffle._core", "distributed.utils_comm", "distributed.worker", "distributed.worker"
-    ]  # fmt: skip
-    found = {address: found for address, found in client.run(look).items() if found != expected}
-    topics = client.run_on_scheduler(
-        lambda dask_scheduler: [
-            name for name in dask_scheduler._broker._topics if name.startswith("meshcompute-traffic")
-        ]
-    )
-    return found | ({"topics": topics} if topics else {})
+    def look_at_scheduler(dask_scheduler: Any) -> list[str]:
+        names = [*dask_scheduler._broker._topics, *dask_scheduler.worker_plugins]
+        return [name for name in names if name.startswith("meshcompute-traffic")]
+
+    found = {address: names for address, names in client.run(look).items() if names}
+    at_scheduler = client.run_on_scheduler(look_at_scheduler)
+    return found | ({"scheduler": at_scheduler} if at_scheduler else {})
 
 
 @contextmanager
@@ -187,6 +184,8 @@ def test_blocks_one_after_the_other_share_nothing_and_nested_ones_both_count(sit
     first, second, third = (ones(client, n * MB, IN_A) for n in (1, 2, 4))
     with measure_traffic() as outer:
         with measure_traffic() as one:
+            # On a worker five hooks, one tap and two plugins; on the scheduler two plugins and two topics.
+            assert {len(names) for names in left_behind(client).values()} == {8, 4}
             client.gather(first)
         with measure_traffic() as two:
             client.gather(second)
@@ -328,9 +327,9 @@ def test_task_stream_and_performance_report_show_the_transfers(sites: Any, tmp_p
         client.submit(len, value, resources=IN_B, pure=False).result()
     moves = [step for task in stream.data for step in task["startstops"] if step["action"] == "transfer"]
     assert moves
-    assert {sites.workers("a").get(name) for name in sites.workers("a")} >= {moves[0]["source"]}
+    assert moves[0]["source"] in sites.workers("a").values()
     assert traffic.bytes_between_pools["a", "b"] == 8 * MB
-    assert "transfer" in page.read_text(encoding="utf-8")
+    assert "transfer-len" in page.read_text(encoding="utf-8")
 
 
 def test_a_cluster_without_pools_is_refused_and_stays_usable() -> None:
@@ -342,3 +341,28 @@ def test_a_cluster_without_pools_is_refused_and_stays_usable() -> None:
             pass
         assert client.submit(sum, [1, 2]).result() == 3
         assert left_behind(client) == {}
+
+
+def test_workers_in_the_process_of_the_client_are_counted_and_left_as_they_were() -> None:
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, resources={"pool-a": 1}
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        value = ones(client, MB, IN_A)
+        with measure_traffic(client) as traffic:
+            client.gather(value, direct=True)
+        assert traffic.bytes_between_pools == traffic.wire_bytes_between_pools == {("a", "client"): MB}
+        assert left_behind(client) == {}
+
+
+def test_a_client_that_closes_inside_the_block_is_a_warning(sites: Any) -> None:
+    with Client(sites.mesh.scheduler_address, set_as_default=False) as client, measure_traffic(client) as traffic:
+        client.close()
+    assert traffic.warnings
+    assert "closed" in traffic.warnings[0]
+    assert traffic.duration_seconds > 0
+    (plugin,) = set(left_behind(sites.client)["scheduler"])  # it stays, as the warning says: here is who takes it out
+    sites.client.unregister_worker_plugin(plugin)
+    assert set(left_behind(sites.client)) == {"scheduler"}

@@ -104,6 +104,15 @@ def test_with_axes_given_pyplot_makes_no_figure(ax: Any) -> None:
     assert plt.get_fignums() == before
 
 
+def test_without_axes_a_new_figure_is_made() -> None:
+    from matplotlib import pyplot as plt
+
+    plt.switch_backend("agg")
+    ax = plot_traffic(measured(TRAFFIC))
+    assert plt.get_fignums() == [ax.figure.number]
+    plt.close(ax.figure)
+
+
 @pytest.mark.parametrize("sources", [(), (1,), ({("a", "b"): 1},), (measured({}),) * 3])
 def test_what_cannot_be_drawn_is_refused(sources: tuple[Any, ...]) -> None:
     with pytest.raises(TypeError, match="measure_traffic"):

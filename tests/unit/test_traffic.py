@@ -119,6 +119,13 @@ class TestSizes:
 
         assert embedded_nbytes(Task("x", identity, Lazy())) < transfers.EMBEDDED_MIN_NBYTES
 
+    def test_long_lists_count_and_endless_ones_are_an_error_and_no_hang(self) -> None:
+        assert embedded_nbytes(Task("x", identity, [self.array] * 100)) == pytest.approx(800_000, rel=0.01)
+        endless: list[Any] = []
+        endless.append(endless)
+        with pytest.raises(RuntimeError, match="parts"):
+            embedded_nbytes(Task("x", identity, DataNode("y", endless)))
+
     def test_xarray_objects_count_with_their_arrays(self) -> None:
         xarray = pytest.importorskip("xarray")
         array = xarray.DataArray(self.array, dims="x", coords={"y": ("x", self.array)})
