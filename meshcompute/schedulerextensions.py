@@ -57,7 +57,7 @@ class PoolStealing(WorkStealing):
         return super()._get_thief(scheduler, ts, thieves, occupancies=occupancies)
 
     @or_stock(frozenset[Any]())
-    def _thieves_of_pool(self, scheduler: Any, ts: Any, potential_thieves: set[Any]) -> set[Any]:
+    def _thieves_of_pool(self, scheduler: Any, ts: Any, potential_thieves: set[Any]) -> Any:
         return potential_thieves & scheduler.pool_lanes.of(ts).workers
 
 
