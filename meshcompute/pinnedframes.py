@@ -71,7 +71,7 @@ def _dependents_of(expr: Any, dependents: Any) -> list[Any]:
     return [found for reference in dependents[expr._name] if (found := reference()) is not None]
 
 
-class PinnedFrame(Blockwise):  # type: ignore[misc]
+class PinnedFrame(Blockwise):
     """A frame that must be made in one of the pools of its pin.
 
     Parameters
@@ -280,7 +280,7 @@ def _next_private(nodes: Mapping[str, Any], pin: Pin, readers: set[str], depende
     return None
 
 
-class PinnedGraph(Expr):  # type: ignore[misc]
+class PinnedGraph(Expr):
     """The graph of a pinned frame: lowered, and closed to everything that Dask does later.
 
     Parameters
@@ -375,7 +375,10 @@ class PinnedGraph(Expr):  # type: ignore[misc]
         pin = self.operand("pin")
         graph = {}
         for old, task in tasks.items():
-            new = task.substitute(keys, key=keys[old])
+            if isinstance(task, Alias):  # some of Dask's aliases have their target's key
+                new = Alias(keys[old], keys.get(task.target, task.target))
+            else:
+                new = task.substitute(keys, key=keys[old])
             # An alias of a value that nobody else reads vanishes on the scheduler.
             if self.operand("is_pinned") and not (isinstance(task, Alias) and readers[task.target] <= 1):
                 new = pinned(new, pin)
