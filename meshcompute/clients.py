@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ from distributed import Client, get_client
 from distributed.client import _get_global_client
 
 from meshcompute import frames, planning, shipping, taskgraph
-from meshcompute.errors import NoClientError, PoolsMissingError, UnknownPoolError, UnsupportedPinError
+from meshcompute.errors import MeshError, NoClientError, PoolsMissingError, UnknownPoolError, UnsupportedPinError
 from meshcompute.pools import (
     ANNOTATION,
     UNPINNED,
@@ -225,18 +226,64 @@ def _provided(client: Client) -> set[str]:
 # Hooks
 
 
+def check_internals() -> None:
+    """Check that Dask has what the hooks take hold of.
+
+    Raises
+    ------
+    MeshError
+        This version of Dask is built in another way.
+    """
+    missing = [
+        name
+        for name, is_there in {
+            "Client._graph_to_futures(expr, keys, ...)": _takes(
+                Client, "_graph_to_futures", "expr", "keys", "resources"
+            ),
+            "Client.scatter(data, workers, ...)": _takes(Client, "scatter", "data", "workers"),
+            "Client._scatter(data, workers, ...)": _takes(Client, "_scatter", "data", "workers"),
+            "dask.tokenize._tokenize": _takes(dask.tokenize, "_tokenize", "args", "kwargs"),
+            "dask.tokenize._ENSURE_DETERMINISTIC": hasattr(dask.tokenize, "_ENSURE_DETERMINISTIC"),
+            "dask.base._annotations": hasattr(dask.base, "_annotations"),
+        }.items()
+        if not is_there
+    ]
+    if missing:
+        raise MeshError(
+            f"Pools do not work with dask {dask.__version__}: it has no {', '.join(missing)}. "
+            "Install a version of dask that this version of meshcompute names in its requirements, or a newer meshcompute."
+        )
+
+
+def _takes(owner: Any, name: str, *parameters: str) -> bool:
+    function = getattr(owner, name, None)
+    return function is not None and set(parameters) <= set(inspect.signature(function).parameters)
+
+
 def install() -> None:
-    """Hook what makes this process respect pins. Called once, by :func:`meshcompute.pools.activate`."""
-    for key, optimizer in _OPTIMIZERS.items():
-        given = dask.config.get(key, None)
-        if given is None:
-            dask.config.set({key: optimizer})
-        elif callable(given):  # the user's own optimiser stays, and keeps pins
-            dask.config.set({key: functools.partial(taskgraph.optimize_with, given)})
+    """Hook what makes this process respect pins. Called once, by :func:`meshcompute.pools.activate`.
+
+    Raises
+    ------
+    MeshError
+        This version of Dask is built in another way.
+    """
+    check_internals()
+    hook_optimizers()
     Client._graph_to_futures = _hooked(Client._graph_to_futures, _graph_to_futures)
     Client.scatter = _hooked(Client.scatter, _scatter)
     Client._scatter = _hooked(Client._scatter, _scatter_in_pools)
     dask.tokenize._tokenize = _hooked(dask.tokenize._tokenize, _salted_tokenize)
+
+
+def hook_optimizers() -> None:
+    """Let the optimisers of array, bag and delayed keep pins; one that the user has configured stays in force."""
+    for key, optimizer in _OPTIMIZERS.items():
+        given = dask.config.get(key, None)
+        if given is None:
+            dask.config.set({key: optimizer})
+        elif callable(given) and given is not optimizer:
+            dask.config.set({key: functools.partial(taskgraph.optimize_with, given)})
 
 
 def _hooked(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
