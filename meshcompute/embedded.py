@@ -94,6 +94,8 @@ class EmbeddedMesh:
         Interpreter of the scheduler. Its environment needs Dask, and need not have meshcompute.
     worker_python
         Interpreter of the workers, likewise.
+    environment
+        Variables of all processes, besides this process's own; Dask's settings, for example.
     dashboard
         Whether the scheduler serves its dashboard (on 127.0.0.1, at a free port).
     start_timeout_seconds
@@ -117,6 +119,7 @@ class EmbeddedMesh:
         resources: Mapping[str, float] | None = None,
         scheduler_python: str = sys.executable,
         worker_python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
         dashboard: bool = False,
         start_timeout_seconds: float = 120.0,
         progress: Callable[[str], None] | None = None,
@@ -128,6 +131,7 @@ class EmbeddedMesh:
         self.resources = dict(resources or {})
         self.scheduler_python = scheduler_python
         self.worker_python = worker_python
+        self.environment = dict(environment or {})
         self.dashboard = dashboard
         self.start_timeout_seconds = start_timeout_seconds
         self._progress = progress or (lambda _line: None)
@@ -355,6 +359,7 @@ class EmbeddedMesh:
         environment.pop("PYTHONPATH", None)
         # One thread per task, as a nanny would set it.
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment |= self.environment
         if site is not None:
             environment["POOL_NAME"] = site
         with (self.root / "logs" / f"{name}.log").open("ab") as log:

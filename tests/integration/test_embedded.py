@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client
 
@@ -87,6 +88,16 @@ def test_a_lost_worker_can_be_replaced_under_its_name(start_sites):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert mine.client.submit(lambda: 1, workers=["b-2-0"]).result(timeout=30) == 1
+
+
+def test_settings_of_dask_reach_every_process_through_the_environment(start_sites):
+    mine = start_sites(workers_per_site=1, environment={"DASK_MESHCOMPUTE__MISSING_POOL_TIMEOUT": "7s"})
+
+    def timeout():
+        return dask.config.get("meshcompute.missing-pool-timeout")
+
+    assert mine.client.run_on_scheduler(timeout) == "7s"
+    assert set(mine.client.run(timeout).values()) == {"7s"}
 
 
 def test_close_ends_all_processes_and_removes_the_folder(tmp_path):
