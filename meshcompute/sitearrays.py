@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from meshcompute.siteside import unseal
+from meshcompute.siteside import portable, unseal
 
 __all__ = ["Reader", "VariableAtSite", "describe_dataset"]
 
@@ -172,4 +172,6 @@ class Reader:
                 return self.variable[key].values
         except Exception as exc:
             exc.add_note(f"While reading {self.label}, on {socket.gethostname()}.")
-            raise
+            if (error := portable(exc)) is exc:
+                raise
+        raise error  # here, where it gets no context

@@ -17,7 +17,7 @@ from meshcompute.errors import PoolsMissingError, UnknownPoolError
 from meshcompute.pools import validate_pool_name
 from meshcompute.settings import setting_seconds
 from meshcompute.shipping import by_value
-from meshcompute.siteside import SiteCall
+from meshcompute.siteside import SiteCall, unseal_error
 
 __all__ = ["Site", "call_at", "names_of_site", "result_at", "submit_at"]
 
@@ -136,7 +136,10 @@ def result_at(future: Future, sites: Sequence[str], subject: str) -> Any:
         Whatever was raised at the site, as it is, with a note that names the site.
     """
     try:
-        return future.result()
+        value, error = future.result()
+        if error is not None:
+            raise unseal_error(error)
+        return value
     except Exception as exc:
         # Here and not at the site: an exception with a __reduce__ of its own may lose its notes on the way.
         exc.add_note(f"While site {' or '.join(map(repr, sites))} was asked for {subject}.")

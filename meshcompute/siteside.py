@@ -7,14 +7,15 @@ Covers calls that hide their arguments, and what they do with file systems and Z
 Notes
 -----
 All three travel by value, to workers that may not have meshcompute: of ours they import only each other, and what is
-not in the standard library or cloudpickle inside functions. What is opened is *sealed*: pickled and compressed bytes that
-only a worker of the site opens. Neither the client nor the scheduler ever makes the objects in it, since making one
-may already mean to ask a server that only the site can reach. It also keeps credentials out of logs: Dask logs the
-arguments of a task that failed, and the bytes of a message that it cannot read.
+not in the standard library or cloudpickle inside functions. What is opened is *sealed*: pickled and compressed bytes
+that only a worker of the site opens. Neither the client nor the scheduler ever makes the objects in it, since making
+one may already mean to ask a server that only the site can reach. It also keeps credentials out of logs: Dask logs
+the arguments of a task that failed, and the bytes of a message that it cannot read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zlib
@@ -28,9 +29,11 @@ __all__ = [
     "call_file_system",
     "find_paths",
     "list_store",
+    "portable",
     "read_store",
     "seal",
     "unseal",
+    "unseal_error",
     "unseal_store",
     "write_store",
     "zarr_store",
@@ -47,8 +50,61 @@ def unseal(sealed: bytes) -> Any:
     return pickle.loads(zlib.decompress(sealed))
 
 
+def portable(exc: Exception) -> Exception:
+    """Find the exception that tells most about one, of those that Dask can bring to a client.
+
+    Parameters
+    ----------
+    exc
+        The exception that is being handled.
+
+    Returns
+    -------
+    Exception
+        The same; or the same without its chain, which is then a note; or one of the nearest base class.
+
+    Notes
+    -----
+    An exception that cannot be pickled, or whose chain cannot (those of HTTP libraries hold sockets), becomes a plain
+    ``Exception`` in Dask, so that nobody could catch it as what it is.
+    """
+    if _survives(exc):
+        return exc
+    if (cause := exc.__cause__ or exc.__context__) is not None:
+        exc.add_note(f"Caused by {cause!r}.")
+        exc.__cause__ = exc.__context__ = None
+    if _survives(exc):
+        return exc
+    for base in type(exc).__mro__[1:]:
+        if base in (Exception, BaseException):
+            break
+        for args in (exc.args, (str(exc),)):
+            with contextlib.suppress(Exception):
+                other: Exception = base(*args)
+                other.__dict__.update(exc.__dict__)
+                if _survives(other):
+                    return other
+    return exc
+
+
+def _survives(exc: Exception) -> bool:
+    from distributed.core import error_message
+
+    return type(pickle.loads(error_message(exc)["exception"].data)) is type(exc)
+
+
+def unseal_error(sealed: bytes) -> Exception:
+    """Make the exception that a :class:`SiteCall` has returned."""
+    kind, args, state = unseal(sealed)
+    error: Exception = kind(*args)
+    error.__dict__.update(state)
+    return error
+
+
 class SiteCall:
     """A function with its arguments, on its way to a worker. Its repr shows no argument.
+
+    Calling it returns what the function returns and None, or None and a sealed exception.
 
     Parameters
     ----------
@@ -62,9 +118,21 @@ class SiteCall:
         self.function = function
         self.sealed = seal((args, kwargs))
 
-    def __call__(self) -> Any:
+    def __call__(self) -> tuple[Any, bytes | None]:
         args, kwargs = unseal(self.sealed)
-        return self.function(*args, **kwargs)
+        try:
+            return self.function(*args, **kwargs), None
+        except Exception as exc:
+            # Most errors travel in Dask's own way, with their traceback. It fails for some that have two bases with a
+            # layout of their own, among them zarr's "no group found" (tblib 3.2): those go as a value.
+            error = portable(exc)
+            if error is exc:
+                raise
+            with contextlib.suppress(Exception):
+                sealed = seal((type(exc), exc.args, exc.__dict__))
+                unseal_error(sealed)
+                return None, sealed
+        raise error  # here, where it gets no context
 
     def __repr__(self) -> str:
         return f"<{self.function.__name__} at a site>"
@@ -91,15 +159,15 @@ def call_file_system(protocol: str, options: dict[str, Any], method: str, args: 
 
 
 def find_paths(pattern: str, storage_options: dict[str, Any] | None) -> list[str]:
-    """Expand a pattern with ``*``, ``?`` or ``[`` to sorted paths."""
-    import fsspec
+    """Expand a pattern with ``*``, ``?`` or ``[`` to sorted paths of files and folders."""
+    from fsspec.core import url_to_fs
 
-    if "://" not in pattern and "::" not in pattern:
+    is_address = "://" in pattern or "::" in pattern
+    if not is_address:
         pattern = os.path.abspath(os.path.expanduser(pattern))  # noqa: PTH100, PTH111 - text in, text out
-    file_system, _, paths = fsspec.get_fs_token_paths(pattern, storage_options=storage_options)
-    if "://" not in pattern:
-        return sorted(paths)
-    return sorted(file_system.unstrip_protocol(path) for path in paths)
+    file_system, path = url_to_fs(pattern, **(storage_options or {}))
+    file_system.invalidate_cache()
+    return [file_system.unstrip_protocol(found) if is_address else found for found in sorted(file_system.glob(path))]
 
 
 def zarr_store(path: str, storage_options: dict[str, Any] | None, *, read_only: bool = False) -> Any:

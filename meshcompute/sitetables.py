@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from typing import Any
 
-from meshcompute.siteside import seal, unseal
+from meshcompute.siteside import portable, seal, unseal
 
 __all__ = ["TableReader", "describe_table"]
 
@@ -108,4 +108,6 @@ class TableReader:
             return table.replace_schema_metadata(schema.metadata).to_pandas()
         except Exception as exc:
             exc.add_note(f"While reading {self.label}, on {socket.gethostname()}.")
-            raise
+            if (error := portable(exc)) is exc:
+                raise
+        raise error  # here, where it gets no context

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
 from pathlib import Path
 
 import dask.array
 import numpy as np
 import pytest
 import xarray
+from distributed.core import error_message
 from xarray.backends import locks
 
 from meshcompute import (
@@ -76,6 +78,52 @@ def test_hdf5_locks_become_those_of_the_process_that_unpickles() -> None:
     assert pickler.is_locked
     assert locks.HDF5_LOCK.token.encode() not in file.getvalue()
     assert set(pickle.loads(file.getvalue()).locks) == {locks.NETCDFC_LOCK, locks.HDF5_LOCK}
+
+
+class TwoLayouts(ValueError, FileNotFoundError):
+    """Of the kind that tblib cannot unpickle, as zarr's GroupNotFoundError."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+
+
+class HoldsSocket(ConnectionError):
+    """Of the kind that HTTP libraries raise."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, threading.Lock())
+
+
+def raises(error: Exception, cause: Exception | None = None) -> None:
+    raise error from cause
+
+
+def test_an_error_that_dask_cannot_carry_arrives_as_what_it_is() -> None:
+    value, sealed = siteside.SiteCall(raises, TwoLayouts("nothing"))()
+    assert value is None
+    error = siteside.unseal_error(sealed)
+    assert type(error) is TwoLayouts
+    assert error.args == ("nothing",)
+
+
+def test_an_error_with_a_chain_that_cannot_be_pickled_keeps_it_as_a_note() -> None:
+    def call() -> None:
+        raise FileNotFoundError(2, "nothing", "x.nc") from HoldsSocket("refused")
+
+    with pytest.raises(FileNotFoundError) as caught:
+        siteside.SiteCall(call)()
+    assert "refused" in caught.value.__notes__[0]
+    sent = pickle.loads(error_message(caught.value)["exception"].data)
+    assert (type(sent), sent.filename, sent.__notes__) == (FileNotFoundError, "x.nc", caught.value.__notes__)
+
+
+def test_an_error_that_cannot_be_pickled_at_all_arrives_as_its_nearest_base() -> None:
+    def call() -> None:
+        raise HoldsSocket("refused")
+
+    with pytest.raises(ConnectionError) as caught:
+        siteside.SiteCall(call)()
+    assert type(caught.value) is not HoldsSocket
 
 
 def test_a_variable_of_dates_that_numpy_cannot_hold_is_laid_out_too(tmp_path: Path) -> None:
