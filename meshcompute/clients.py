@@ -251,7 +251,7 @@ def check_internals() -> None:
     if missing:
         raise MeshError(
             f"Pools do not work with dask {dask.__version__}: it has no {', '.join(missing)}. "
-            "Install a version of dask that this version of meshcompute names in its requirements, or a newer meshcompute."
+            "Install a version of dask that this meshcompute names in its requirements, or a newer meshcompute."
         )
 
 
