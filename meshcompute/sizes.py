@@ -12,10 +12,12 @@ Where an estimate comes from, the first that applies::
     an alias, a fused task                     what it stands for
     slices, concatenations, finalize           computed from the inputs
     P2P transfer and barrier / unpack          a number / an equal share of what was transferred
+    first steps of a table's reductions        a row, or a share of the groups: guesses, but smaller than a table
+    a table's part read from files             the files' size, where dask.dataframe knows it
     anything else                              as large as its largest input; without inputs, Dask's default size
 
-The last rule errs on the large side for functions that condense their input (delayed, bag, dataframe), because their
-code cannot be seen. Arrays of objects count eight bytes per element, as Dask itself counts them.
+The last rule errs on the large side for functions that condense their input (delayed, bag), because their code cannot
+be seen. Arrays of objects count eight bytes per element, as Dask itself counts them.
 """
 
 from __future__ import annotations
@@ -47,8 +49,14 @@ _NUMBER_NBYTES = 28  # sys.getsizeof of a Python int: what transfer and barrier 
 _NONE_NBYTES = 16  # sys.getsizeof(None)
 _DICT_NBYTES = {2: 320, 3: 402}  # dask.sizeof of a dict with so many empty arrays, as mean and var hand on
 _COUNT_NBYTES = 8  # an int64 or a float64 per element
+# What is left of a table: a row (the size is a guess, its columns are not known here), or groups (a guess too).
+_ROW_NBYTES = 256
+_SHARE_OF_GROUPS = 0.1
+_MANY = 100  # arguments that are not looked through for files
+_ROW_REDUCTIONS = {"All", "Any", "Count", "Len", "Max", "Min", "NBytes", "Prod", "Size", "Sum"}
 
 _CONCATENATIONS = {"_concatenate2", "concatenate", "concatenate3", "concatenate_arrays", "concatenate_shaped"}
+_STORINGS = {"store_chunk", "load_store_chunk"}
 _SLICINGS = {"getitem", "_getitem", "getter", "getter_nofancy", "getter_inline"}
 
 
@@ -121,7 +129,7 @@ class _Blocks:
             return None  # a view of its input, sent as such
         if name == "_broadcast_trick_inner":
             return cls(chunks, itemsize, 0, itemsize)  # ones, zeros, full: one element, repeated
-        if name in {"store_chunk", "load_store_chunk"} and not options.get("return_stored", False):
+        if name in _STORINGS and not options.get("return_stored", False):
             return cls(chunks, itemsize, 0, _NONE_NBYTES)
         axes = _axes(options.get("axis"), len(chunks))
         length = (
@@ -367,8 +375,12 @@ class _Estimate:
             return nbytes
         if (getattr(function, "__module__", None) or "").startswith("distributed.shuffle"):
             return self._shuffled(name, task)
+        if name in _STORINGS and not task.kwargs.get("return_stored", False):
+            return _NONE_NBYTES
         if not inputs:
             return self._root(key, task)
+        if (nbytes := _condensed(function, max(inputs))) is not None:
+            return nbytes
         if (
             name in _CONCATENATIONS
             or function is _identity_cast
@@ -430,7 +442,44 @@ class _Estimate:
         literals = [
             a for a in (*task.args, *task.kwargs.values()) if hasattr(a, "nbytes") or hasattr(a, "memory_usage")
         ]
-        return max([_literal_nbytes(value) for value in literals], default=self.default)
+        if literals:
+            return max([_literal_nbytes(value) for value in literals])
+        return _file_nbytes((*task.args, *task.kwargs.values())) or self.default
+
+
+def _file_nbytes(arguments: Iterable[Any], depth: int = 3) -> float:
+    """Sum up the sizes of the files that a task reads, where dask.dataframe's descriptions of them tell."""
+    total = 0.0
+    for value in arguments:
+        if isinstance(value, Task | list | tuple) and depth:
+            parts = value.args if isinstance(value, Task) else value
+            total += _file_nbytes(parts, depth - 1) if len(parts) < _MANY else 0.0
+        else:
+            size = getattr(value, "_file_size", None)
+            total += size if isinstance(size, int) else 0
+    return total
+
+
+def _condensed(function: Any, nbytes: float) -> float | None:
+    """Return the size of a part of a table after a reduction's first step, None for other functions.
+
+    References
+    ----------
+    dask/dataframe/dask_expr/_reductions.py, dask/dataframe/groupby.py,
+    dask/dataframe/dask_expr/_groupby.py.
+    """
+    module = getattr(function, "__module__", None) or ""
+    if module == "dask.dataframe.dask_expr._reductions":
+        reduction = getattr(getattr(function, "__self__", None), "__name__", "")
+        return min(_ROW_NBYTES, nbytes) if reduction in _ROW_REDUCTIONS else None
+    name = getattr(function, "__name__", "")
+    if (
+        module.startswith("dask.dataframe")
+        and "groupby" in module
+        and ("chunk" in name or name == "_groupby_apply_funcs")
+    ):
+        return _SHARE_OF_GROUPS * nbytes
+    return None
 
 
 def _is_carry(key: Any) -> TypeGuard[tuple[Any, ...]]:
