@@ -7,6 +7,7 @@ pair of pools. Does not cover how a worker counts (:mod:`meshcompute.transfers`)
 
 from __future__ import annotations
 
+import asyncio
 import html
 import uuid
 import weakref
@@ -208,20 +209,26 @@ class Traffic:
         if not ends:
             return
         answered = {address for address, report in answers.items() if isinstance(report, dict)}
-        last = {key for key, report in self._reports.items() if report["is_last"]}
-        for address in sorted(self._seen - answered):
+        gone = self._seen - answered
+        while gone - self._last() and time() < now + transfers.LAST_REPORT_SECONDS:  # noqa: ASYNC110
+            # The last reports take another way than the answers, and nothing announces that there is none.
+            await asyncio.sleep(0.02)
+        for address in sorted(gone):
             keys = [key for key in self._reports if key[0] == address]
             if address in workers:
                 self._warnings.append(f"Worker {address} did not answer ({answers.get(address)!r}).")
             if not keys:
                 self._warnings.append(f"Worker {address} was lost and had reported nothing; what it sent is missing.")
             for key in keys:
-                if key not in last:
+                if not self._reports[key]["is_last"]:
                     age = now - self._reported_seconds[key]
                     self._warnings.append(
                         f"Worker {address} was lost; what it sent after its last report, {age:.1f} s before the end "
                         "of the block, is missing."
                     )
+
+    def _last(self) -> set[str]:
+        return {address for (address, _), report in self._reports.items() if report["is_last"]}
 
     # Reading
 

@@ -30,6 +30,7 @@ __all__ = ["CLIENT", "TransferPlugin", "embedded_nbytes", "report_after_settling
 CLIENT = "client"
 POOL_PREFIX = "pool-"
 REPORT_SECONDS = 1.0  # what a worker that is killed takes with it, at most
+LAST_REPORT_SECONDS = 2.0  # a worker that closes waits this long for a scheduler that may be gone
 EMBEDDED_MIN_NBYTES = 1024  # smaller values are arguments (shapes, slices, names), part of the task's message
 _TAP = "_meshcompute_tap"
 _MOST_PARTS = 100_000  # of one task: beyond, a list that holds itself is likelier
@@ -350,13 +351,15 @@ class TransferPlugin(WorkerPlugin):
 
     async def _report_regularly(self, worker: Any, tap: Tap) -> None:
         block = tap.blocks[self.name]
+        reported_seconds = 0.0
         while True:
-            if block.n_counted != block.n_reported:
-                block.n_reported = block.n_counted
+            is_due = time() > reported_seconds + REPORT_SECONDS or worker.status.name == "closing_gracefully"
+            if is_due and block.n_counted != block.n_reported:
+                block.n_reported, reported_seconds = block.n_counted, time()
                 worker.log_event(self.name, tap.report(self.name))
-            await asyncio.sleep(REPORT_SECONDS)
+            await asyncio.sleep(REPORT_SECONDS / 10)  # a worker that is retired may have no time for a last report
 
-    def teardown(self, worker: Any) -> None:
+    async def teardown(self, worker: Any) -> None:
         """Stop counting; the last block to end takes the hooks out, and a worker that closes reports a last time.
 
         Parameters
@@ -369,12 +372,14 @@ class TransferPlugin(WorkerPlugin):
         tap = getattr(worker, _TAP, None)
         if tap is None or self.name not in tap.blocks:
             return
-        if worker.status.name.startswith("clos"):
-            worker.log_event(self.name, tap.report(self.name, is_last=True))
+        report = tap.report(self.name, is_last=True)
         del tap.blocks[self.name]
         if not tap.blocks:
             tap.uninstall()
             delattr(worker, _TAP)
+        if worker.status.name.startswith("clos"):  # the scheduler may have closed the stream of Worker.log_event
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                await asyncio.wait_for(worker.scheduler.log_event(topic=self.name, msg=report), LAST_REPORT_SECONDS)
 
 
 async def report_after_settling(name: str, timeout_seconds: float, ends: bool, dask_worker: Any) -> Any:
