@@ -19,6 +19,7 @@ combining of many files mean what they mean in xarray.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -314,6 +315,10 @@ class _SiteBackend(BackendEntrypoint):
         return dataset
 
 
+# One object, so that a graph of many variables has the code only once.
+_READER = by_value(Reader, ["meshcompute.siteside"])
+
+
 class _ReadAtSite:
     """The array that Dask slices: unpickled anywhere, it is a :class:`meshcompute.sitearrays.Reader`."""
 
@@ -331,7 +336,7 @@ class _ReadAtSite:
         return repr(self.reader)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return by_value(self.reader, ["meshcompute.siteside"]).__reduce__()
+        return operator.call, (_READER, self.reader.sealed, self.reader.label, self.reader.guard)
 
 
 def _open_description(source: _Description, local: Mapping[str, Any]) -> xarray.Dataset:
