@@ -140,7 +140,19 @@ def _with_pin(expr: Any) -> Any:
 
     if isinstance(expr, (PinnedFrame, PinnedGraph)) or _is_in_memory(expr):
         return expr
-    return PinnedFrame(expr, pin)
+    return PinnedFrame(_with_meta(expr), pin)
+
+
+def _with_meta(expr: Any) -> Any:
+    """Keep what Dask has found out in the block by calling the user's function: it would call it again elsewhere."""
+    from dask.dataframe.dask_expr.io.io import FromMap
+    from dask.typing import no_default
+
+    for node in expr.find_operations(FromMap):
+        if node.operand("user_meta") is no_default:
+            meta = getattr(node, "frame_meta", node._meta)
+            expr = expr.substitute(node, node.substitute_parameters({"user_meta": meta}))
+    return expr
 
 
 def _is_in_memory(expr: Any) -> bool:

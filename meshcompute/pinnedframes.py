@@ -112,8 +112,11 @@ class PinnedFrame(Blockwise):
         with _inside(self.operand("pin")):
             return self.frame.divisions
 
-    def _wrap(self, frame: Any) -> PinnedFrame:
-        return type(self)(frame, self.operand("pin"))
+    def _broadcast_dep(self, dep: Any) -> bool:
+        return False  # one frame, as it is; Dask would ask for its partitions, which may take a computation
+
+    def _around(self, frame: Any) -> _Fence:
+        return _Fence((frame,), self.operand("pin"))
 
     def _task(self, name: Key, index: int) -> Any:
         raise NotImplementedError("A pinned frame has no tasks before it is lowered. Optimise the frame first.")
@@ -149,10 +152,10 @@ class PinnedFrame(Blockwise):
 
         while True:
             # Not below other pinned frames: what is in there is theirs.
-            nodes = list(_walk(frame, lambda node: isinstance(node, PinnedFrame)))
+            nodes = list(_walk(frame, lambda node: isinstance(node, (PinnedFrame, _Fence))))
             names.update(node._name for node in nodes)
             if (inner := next(filter(is_mine, nodes), None)) is None:
-                return self if frame is self.frame else self._wrap(frame)
+                return self if frame is self.frame else PinnedFrame(frame, pin)
             frame = frame.substitute(inner, inner.frame)
             if isinstance(frame, (PinnedFrame, PinnedGraph)):
                 return frame
@@ -163,16 +166,18 @@ class PinnedFrame(Blockwise):
     def _simplify_up(self, parent: Any, dependents: Any) -> Any:
         """Let steps that leave less to carry pass into the pool."""
         if isinstance(parent, Projection):
-            return plain_column_projection(self, parent, dependents) if self.ndim == 2 else None
+            new = plain_column_projection(self, parent, dependents) if self.ndim == 2 else None
+            return self._around(new.frame) if isinstance(new, PinnedFrame) else new
         if isinstance(parent, Filter):
-            if parent.frame._name == self._name and self._filter_passthrough_available(parent, dependents):
-                return self._filter_simplification(parent)
-            return None
+            if parent.frame._name != self._name or not self._filter_passthrough_available(parent, dependents):
+                return None
+            new = self._filter_simplification(parent)
+            return None if new is None else self._around(new.frame)
         if type(parent) in (Head, Tail):
-            return self._wrap(type(parent)(self.frame, *parent.operands[1:]))
+            return self._around(type(parent)(self.frame, *parent.operands[1:]))
         if isinstance(parent, Index):
             others = [d for d in _dependents_of(self, dependents) if not isinstance(d, Index)]
-            return None if others or self.ndim < 2 else self._wrap(Index(self.frame))
+            return None if others or self.ndim < 2 else self._around(Index(self.frame))
         if isinstance(parent, (Len, Lengths)):
             return self._known_length(type(parent))
         return None
@@ -194,6 +199,39 @@ class PinnedFrame(Blockwise):
         pin = self.operand("pin")
         with _inside(pin):
             return _pinned_graph(self.frame.lower_completely().simplify(), pin)
+
+
+class _Fence(Expr):
+    """A pinned frame that has just taken a step in: for the rest of this pass Dask does not look inside.
+
+    Dask would simplify it right away, outside of the frame's block, and without knowing who reads the new steps.
+    """
+
+    _parameters = ["frames", "pin"]  # noqa: RUF012 - as Dask's expressions declare theirs
+
+    @property
+    def frame(self) -> Any:
+        return self.operand("frames")[0]
+
+    def dependencies(self) -> list[Any]:
+        return [self.frame]
+
+    def simplify_once(self, dependents: Any, simplified: Any) -> Any:
+        return PinnedFrame(self.frame, self.operand("pin")).simplify_once(dependents, simplified)
+
+    @functools.cached_property
+    def _meta(self) -> Any:
+        with _inside(self.operand("pin")):
+            return self.frame._meta
+
+    @property
+    def npartitions(self) -> int:
+        with _inside(self.operand("pin")):
+            return int(self.frame.npartitions)
+
+    def _divisions(self) -> Any:
+        with _inside(self.operand("pin")):
+            return self.frame.divisions
 
 
 def _walk(expr: Any, is_end: Callable[[Any], bool]) -> Iterator[Any]:

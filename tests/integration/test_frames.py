@@ -140,6 +140,12 @@ def test_lengths_and_first_rows(a, data, rules):
     assert_same(a.tail(3), data["a"].tail(3))
 
 
+def test_what_dask_has_to_look_at_for_the_types_is_read_at_the_site_only(sites, data, rules):
+    with pool("b"):
+        frame = dd.from_map(read, range(N_PARTS), folder=sites.path("b"), nonce=uuid.uuid4().hex)
+    assert_same(frame[["x"]].x.sum().compute(), data["b"].x.sum())
+
+
 def workers_of(sites: Any, frame: Any) -> set[str]:
     """Names of the sites that hold the partitions of a persisted frame."""
     futures = futures_of(frame)

@@ -5,6 +5,8 @@ Results are compared with pandas, task counts with the same query without pins.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import pickle
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from dask import delayed
 from dask._task_spec import Alias, Task, _execute_subgraph, convert_legacy_graph
 from dask.base import collections_to_expr
 from dask.core import flatten
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal, assert_series_equal
 
 from meshcompute import frames, taskgraph
@@ -419,3 +423,90 @@ assert not [f for f in sys.meta_path if type(f).__module__ == "meshcompute.frame
 assert frame.x.sum().compute(scheduler="sync") == 6
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Any query at all
+
+
+def step_a(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(y=frame.y + 1)
+
+
+def step_b(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(y=frame.y + 2)
+
+
+STEPS: dict[str, Callable[..., Any]] = {
+    "filter": lambda f: f[f.x > 0],
+    "filter by a list": lambda f: f[f.k.isin([0, 2, 3])],
+    "filter by a mean": lambda f: f[f.x < f.x.mean()],
+    "later rows": lambda f: f.loc[15:],
+    "new column": lambda f: f.assign(x=f.x * 2 + f.y),
+    "columns and back": lambda f: f[["k", "x", "z"]].assign(y=f.y),
+    "fill": lambda f: f.fillna(0),
+    "fewer partitions": lambda f: f.repartition(npartitions=1) if isinstance(f, dd.DataFrame) else f,
+    "group's mean": lambda f: f.merge(f.groupby("k").x.mean().rename("m").to_frame(), left_on="k", right_index=True)[
+        ["k", "x", "y", "z"]
+    ],
+    "cumulated": lambda f: f.assign(y=f.y.cumsum()),
+}
+ENDS: dict[str, Callable[[Any], Any]] = {
+    "frame": lambda f: f[["k", "x", "y", "z"]],
+    "sum": lambda f: f.x.sum(),
+    "length": len,
+    "groups": lambda f: f.groupby("k").y.sum(),
+    "two reductions": lambda f: f.x.max() + f.y.min(),
+}
+
+
+def step(frame: Any, name: str) -> Any:
+    if name in ("step_a", "step_b"):
+        function = globals()[name]
+        return frame.map_partitions(function, meta=frame._meta) if isinstance(frame, dd.DataFrame) else function(frame)
+    return STEPS[name](frame)
+
+
+def both(left: Any, right: Any) -> Any:
+    merged = left.merge(right[["z", "x"]], on="z", suffixes=("", "_r"))
+    return merged.assign(x=merged.x + merged.x_r)[["k", "x", "y", "z"]]
+
+
+steps_in_blocks = st.lists(st.tuples(st.sampled_from([None, "a", "b"]), st.sampled_from(list(STEPS))), max_size=4)
+marked = st.sampled_from([("a", "step_a"), ("b", "step_b")])
+
+
+@pytest.mark.parametrize("blocks", list(itertools.product([None, "a", "b"], repeat=3)))
+def test_steps_pass_blocks_in_any_order(blocks):
+    # Dask checks which steps may pass each other with the readers of all of them at hand, one pass at a time.
+    with pool("b"):
+        frame = frame_of("b", 3).repartition(npartitions=1)
+    for where in blocks:
+        with pool(where) if where else contextlib.nullcontext():
+            frame = step(frame, "filter by a list")
+    assert_same(frame, step(in_pandas("b", 3), "filter by a list"))
+
+
+@given(left=steps_in_blocks, right=steps_in_blocks, mark=marked, end=st.sampled_from(list(ENDS)))
+@settings(max_examples=10)
+def test_any_query_gives_what_pandas_gives_and_runs_where_its_blocks_say(left, right, mark, end):
+    results = []
+    for site, steps in (("a", left), ("b", right)):
+        with pool(site):
+            frame, expected = frame_of(site, 3), in_pandas(site, 3)
+        for where, name in [*steps, mark]:
+            with pool(where) if where else contextlib.nullcontext():
+                frame, expected = step(frame, name), step(expected, name)
+        results.append((frame, expected))
+    (first, pandas_first), (second, pandas_second) = results
+    frame, expected = both(first, second), both(pandas_first, pandas_second)
+    tasks, pins = tasks_and_pins(frame)
+    for key, task in tasks.items():
+        needed = {name[-1] for name in calls(task) if name in ("read_a", "read_b", "step_a", "step_b")}
+        assert len(needed) <= 1
+        assert not needed or pins[key].pools == tuple(needed)
+    if end == "length":
+        with dask.config.set(scheduler="sync"):
+            assert len(frame) == len(expected)
+    else:
+        assert_same(ENDS[end](frame), ENDS[end](expected))
