@@ -6,6 +6,7 @@ site's workers seeing only their own folder. Tests that end workers make a mesh 
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -24,6 +25,18 @@ from meshcompute.embedded import EmbeddedMesh
 # Other people's load must not fail a test of ours: pytest-timeout holds the deadline of the whole test.
 settings.register_profile("meshcompute", deadline=None, print_blob=True)
 settings.load_profile("meshcompute")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let what test files define travel by value: no scheduler or worker can import a test file.
+
+    Dask pickles by reference whatever this process can import; what belongs to ``__main__`` it pickles by value.
+    """
+    for module in {item.module for item in items if isinstance(item, pytest.Function)}:
+        for name, defined in vars(module).items():
+            is_ours = getattr(defined, "__module__", None) == module.__name__ and not name.lower().startswith("test")
+            if is_ours and (inspect.isfunction(defined) or inspect.isclass(defined)):
+                defined.__module__ = "__main__"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
