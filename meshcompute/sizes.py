@@ -279,7 +279,7 @@ class _Estimate:
             if kind is DataNode:
                 sizes[key] = _literal_nbytes(node.value)
                 continue
-            if kind is not Alias and type(key) is tuple:
+            if kind is not Alias and type(key) is tuple and key:
                 name = key[0]
                 blocks = blocks_by_name[name] if name in blocks_by_name else self._blocks(name)
                 if blocks is not None and (nbytes := blocks.nbytes(key[1:])) is not None:
@@ -294,7 +294,10 @@ class _Estimate:
         if name in self.blocks_by_name:
             return self.blocks_by_name[name]
         layer = self.layers.get(name) if isinstance(name, str) else None
-        blocks = None if layer is None else _Blocks.of(layer, self.layers)
+        try:
+            blocks = None if layer is None else _Blocks.of(layer, self.layers)
+        except Exception:  # annotations are anybody's; an estimate is never worth a failure
+            blocks = None
         self.blocks_by_name[name] = blocks
         return blocks
 
@@ -452,7 +455,7 @@ def _file_nbytes(arguments: Iterable[Any], depth: int = 3) -> float:
     total = 0.0
     for value in arguments:
         if isinstance(value, Task | list | tuple) and depth:
-            parts = value.args if isinstance(value, Task) else value
+            parts = (*value.args, *value.kwargs.values()) if isinstance(value, Task) else value
             total += _file_nbytes(parts, depth - 1) if len(parts) < _MANY else 0.0
         else:
             size = getattr(value, "_file_size", None)

@@ -114,15 +114,16 @@ def topological(graph: Graph) -> list[int]:
 
 def greedy_plan(graph: Graph, n_pools: int) -> list[int]:
     """Place task by task where most of its input lies; what has no placed input follows a consumer."""
-    pools = [FREE if pin is None else pin[0] for pin in graph.pins]
+    pools = [FREE if pin is None or len(pin) > 1 else pin[0] for pin in graph.pins]
     order = topological(graph)
     for task in order:
+        pin = graph.pins[task]
         held = [0.0] * n_pools
         known = [value for value in graph.dependencies[task] if pools[value] != FREE]
         for value in known:
             held[pools[value]] += graph.nbytes[value]
-        if pools[task] == FREE and known:
-            pools[task] = max(range(n_pools), key=held.__getitem__)
+        if pools[task] == FREE and (known or pin is not None):
+            pools[task] = max(range(n_pools) if pin is None else pin, key=held.__getitem__)
     for _ in graph.nbytes:
         for task in reversed(order):
             for value in graph.dependencies[task]:
@@ -204,12 +205,13 @@ def test_the_same_graph_always_gets_the_same_plan(graph: Graph) -> None:
 @given(graphs())
 @settings(max_examples=300, deadline=None)
 def test_a_plan_moves_no_more_bytes_than_the_greedy_rule_or_the_best_single_pool(graph: Graph) -> None:
-    graph = Graph(dependencies=graph.dependencies, nbytes=graph.nbytes, pins=graph.pins)
+    # Ties are decided in favour of what sends fewer messages; without empty values there is nothing to decide.
+    sizes = [nbytes or 0.5 for nbytes in graph.nbytes]
+    graph = Graph(dependencies=graph.dependencies, nbytes=sizes, pins=graph.pins)
     placed = total_bytes(graph, place(graph, 3))
-    # Each of a billion empty values weighs so little that together they do not weigh a byte.
-    assert placed <= total_bytes(graph, greedy_plan(graph, 3)) + 1e-6
+    assert placed <= total_bytes(graph, greedy_plan(graph, 3))
     for plan in single_pool_plans(graph, 3):
-        assert placed <= total_bytes(graph, plan) + 1e-6
+        assert placed <= total_bytes(graph, plan)
 
 
 @pytest.mark.parametrize("n_pools", [2, 3])
