@@ -27,6 +27,7 @@ _HOME_OF = {
     "pool": "clients",
     "propagate_pools": "clients",
     "propagate_pools_in_collection": "explaining",
+    "to_zarr": "writing",
     "visualize_pools": "plots",
 }
 

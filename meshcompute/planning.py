@@ -133,12 +133,14 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             keys=request.keys,
         )
     nbytes: dict[Key, float] = {}
-    if request.is_propagating or any(len(pin.pools) > 1 for pin in pins.values()):
+    shuffles = taskgraph.shuffles_of(tasks)
+    if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
         nbytes = estimate_nbytes(tasks, layers)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
-        pool_by_key = _place(tasks, pins, known, nbytes, view.pools())
-        if not request.is_propagating:
-            pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in pins}
+        pool_by_key = _place(tasks, pins, known, nbytes, shuffles=shuffles.values(), present=view.pools())
+        if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
+            kept = pins.keys() | {key for group in shuffles.values() for key in group}
+            pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
     else:
         pool_by_key = {key: pin.pools[0] for key, pin in pins.items()}
     relays, fetching = _relays(tasks, pool_by_key, known) if request.is_propagating else ({}, set())
@@ -172,6 +174,8 @@ def _place(
     pins: Mapping[Key, Pin],
     known: Mapping[Key, Known],
     nbytes: Mapping[Key, float],
+    *,
+    shuffles: Iterable[Iterable[Key]],
     present: Iterable[str],
 ) -> dict[Key, str]:
     """Translate keys to integers, place, translate back."""
@@ -206,16 +210,11 @@ def _place(
             pinned.append(numbers(seen.pools))
         else:
             pinned.append(None)
-    barriers: dict[Key, list[int]] = {k: [index[k]] for k, t in tasks.items() if taskgraph.is_shuffle_barrier(t)}
-    if barriers:
-        for key, task in tasks.items():
-            for barrier in task.dependencies & barriers.keys():
-                barriers[barrier].append(index[key])
     graph = placement.Graph(
         dependencies=dependencies,
         nbytes=[nbytes.get(key, 0.0) for key in keys],
         pins=pinned,
-        together=list(barriers.values()),
+        together=[[index[key] for key in group] for group in shuffles],
     )
     try:
         pools = placement.place(graph, len(names))

@@ -45,6 +45,7 @@ __all__ = [
     "optimize_with",
     "pinned",
     "relay",
+    "shuffles_of",
     "split_conflicts",
 ]
 
@@ -534,9 +535,26 @@ def output_keys(keys: Any) -> set[Key]:
     return set(flatten(keys)) if isinstance(keys, list) else set(keys)
 
 
-def is_shuffle_barrier(task: GraphNode) -> bool:
-    """Report whether a task is the barrier of a P2P shuffle: all its readers run where it runs."""
-    return type(task).__name__ == "P2PBarrierTask"
+def shuffles_of(graph: Graph) -> dict[Key, list[Key]]:
+    """Find the P2P shuffles of a graph.
+
+    Parameters
+    ----------
+    graph
+        The tasks.
+
+    Returns
+    -------
+    dict
+        By key of the barrier: the barrier and its readers, which have to run in one pool. What goes in may come
+        from anywhere.
+    """
+    groups = {key: [key] for key, task in graph.items() if type(task).__name__ == "P2PBarrierTask"}
+    if groups:
+        for key, task in graph.items():
+            for barrier in task.dependencies & groups.keys():
+                groups[barrier].append(key)
+    return groups
 
 
 def name_of(key: Key) -> str:

@@ -20,11 +20,12 @@ import numpy as np
 import pytest
 import xarray as xr
 from dask import delayed
-from distributed import Client, LocalCluster, get_worker, worker_client
+from distributed import Client, LocalCluster, get_worker, wait, worker_client
 
 from meshcompute.clients import pool, propagate_pools
 from meshcompute.errors import PoolNameError, PoolsMissingError, UnknownPoolError
 from meshcompute.explaining import explain, get_pool, propagate_pools_in_collection
+from meshcompute.traffic import measure_traffic
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
@@ -304,6 +305,16 @@ def test_four_tasks_run_at_once_on_the_pools_threads(sites: Any) -> None:
     with pool("a"):
         futures = sites.client.map(meet, range(4), pure=False)
     assert sites.client.gather(futures) == [1, 1, 1, 1]
+
+
+def test_a_p2p_rechunk_of_pinned_data_stays_in_its_pool(sites: Any, data: Any, rules: str) -> None:
+    with pool("b"):
+        x = blockwise(sites, "b")
+    with measure_traffic() as traffic:
+        y = x.rechunk(70, method="p2p").persist()
+        wait(y, timeout=60)
+    assert {pair for pair in traffic.bytes_between_pools if "client" not in pair} == set()
+    np.testing.assert_array_equal(y.compute(), data["b"])
 
 
 def test_explain_counts_tasks_and_bytes(both: Any, sites: Any) -> None:
