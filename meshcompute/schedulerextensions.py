@@ -40,7 +40,8 @@ class PoolStealing(WorkStealing):
     @_override
     def put_key_in_stealable(self, ts: Any) -> None:
         # Stolen half-way through its fetch from another pool, it makes the value cross a second time.
-        if not (ts.annotations and (note := ts.annotations.get(ANNOTATION)) and note.get("fetches")):
+        note = ts.annotations.get(ANNOTATION) if ts.annotations else None
+        if type(note) is not dict or not note.get("fetches"):  # users may annotate with a "pool" of their own
             super().put_key_in_stealable(ts)
 
     @_override

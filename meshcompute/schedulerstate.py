@@ -209,7 +209,9 @@ class PoolScheduler(Scheduler):
         return self._add_to_processing(ts, there, stimulus_id=stimulus_id)
 
     def _transition_processing_memory(self, key: Any, stimulus_id: str, **kwargs: Any) -> Any:
-        self._count_finished(self.tasks[key], kwargs.get("worker"))
+        ts = self.tasks[key]
+        if ts.resource_restrictions:
+            self._count_finished(ts, kwargs.get("worker"))
         return super()._transition_processing_memory(key, stimulus_id, **kwargs)
 
     @or_stock(None)

@@ -24,7 +24,7 @@ from distributed.protocol.pickle import dumps
 from tornado.ioloop import PeriodicCallback
 
 from meshcompute.errors import UnknownPoolError
-from meshcompute.pools import pools_of_resources, split_resources
+from meshcompute.pools import pools_of_resources, resource_of, split_resources
 from meshcompute.schedulerextensions import is_barrier
 from meshcompute.schedulerqueue import assign_pool, is_pinned, pool_of
 from meshcompute.schedulerstate import PoolScheduler, enlist
@@ -35,7 +35,8 @@ __all__ = ["Guard", "UnmetDemandError", "shuffle_pool"]
 logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 0.25  # as often as distributed looks for workers that are missing
-_MAX_FAILED_PER_CHECK = 500  # failing a task takes about 20 µs of the event loop, and most take others with them
+_MAX_CHECK_SECONDS = 0.1  # of the event loop at a time; a hundred thousand tasks may be waiting
+_MAX_CHECK_SHARE = 0.2  # of the event loop in the long run
 
 
 class UnmetDemandError(UnknownPoolError):
@@ -136,6 +137,7 @@ class Guard(SchedulerPlugin):
     def __init__(self, scheduler: Any) -> None:
         # Until when, on the monotonic clock, workers of a pool are announced.
         self._expected_until: dict[str, float] = {}
+        self._no_check_before = 0.0
         self._scheduler: PoolScheduler = enlist(scheduler, self.is_expected)
 
     @classmethod
@@ -264,18 +266,21 @@ class Guard(SchedulerPlugin):
 
     def check_waiting(self) -> None:
         """Fail pinned tasks whose pool did not come in time, and release placed ones."""
+        start = monotonic()
+        if not self._scheduler.unrunnable or start < self._no_check_before:
+            return
         try:
-            if self._scheduler.unrunnable:
-                self._check_waiting()
+            self._check_waiting(start)
         except Exception:
             logger.exception("Waiting tasks could not be checked for missing pools")
+        end = monotonic()
+        self._no_check_before = end + (end - start) * (1 / _MAX_CHECK_SHARE - 1)
 
-    def _check_waiting(self) -> None:
+    def _check_waiting(self, now: float) -> None:
         scheduler = self._scheduler
-        now = monotonic()
         timeout_seconds = setting_seconds("missing-pool-timeout")
         stimulus_id = f"meshcompute-missing-pool-{now}"
-        n_failed = 0
+        failed: set[str] = set()
         for ts, since in list(scheduler.unrunnable.items()):
             if ts.state != "no-worker" or (lane := scheduler.pool_lanes.of(ts)) is None:
                 continue
@@ -284,11 +289,13 @@ class Guard(SchedulerPlugin):
             if not lane.n_present and not is_pinned(ts):
                 scheduler.transitions({ts.key: "processing"}, stimulus_id)
             elif now - since >= timeout_seconds:
-                self._fail(ts, timeout_seconds, stimulus_id)
-                n_failed += 1
-                if n_failed >= _MAX_FAILED_PER_CHECK:
-                    break
-        if n_failed:
+                error = self._fail(ts, timeout_seconds, stimulus_id)
+                if lane.pool not in failed:  # the others have the same story
+                    logger.error("%s", error)
+                failed.add(lane.pool)
+            if monotonic() - now > _MAX_CHECK_SECONDS:
+                break
+        if failed:
             scheduler.stimulus_queue_slots_maybe_opened(stimulus_id=stimulus_id)
 
     def _has_present_worker(self, ts: Any, lane: Any) -> bool:
@@ -300,11 +307,11 @@ class Guard(SchedulerPlugin):
             return True
         return any(ws.address in named for ws in self._scheduler.pool_lanes.present(lane.demands))
 
-    def _fail(self, ts: Any, timeout_seconds: float, stimulus_id: str) -> None:
+    def _fail(self, ts: Any, timeout_seconds: float, stimulus_id: str) -> UnknownPoolError:
         scheduler = self._scheduler
         pool = pool_of(ts)
         assert pool is not None
-        pools = [name for name in pools_of_resources(scheduler.resources) if scheduler.resources[f"pool-{name}"]]
+        pools = [name for name in pools_of_resources(scheduler.resources) if scheduler.resources[resource_of(name)]]
         _, demands = split_resources(ts.resource_restrictions)
         error: UnknownPoolError
         if pool in pools:
@@ -312,13 +319,13 @@ class Guard(SchedulerPlugin):
             error = UnmetDemandError(pool, pools, timeout_seconds, ts.key, demands, workers)
         else:
             error = UnknownPoolError(pool, pools, timeout_seconds, ts.key)
-        logger.error("%s", error)
         recommendations = scheduler.transition(
             ts.key, "erred", exception=dumps(error), exception_text=str(error), cause=ts.key, stimulus_id=stimulus_id
         )
         # At once: it takes most others that wait for the same pool out of the list.
         scheduler.transitions(recommendations, stimulus_id)
         scheduler.pool_counts["unknown_pool_errors"] += 1
+        return error
 
     # ------------------------------------------------------------------ what tests and reports ask
 
