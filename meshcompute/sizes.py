@@ -27,16 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
 import dask
-from dask._task_spec import (
-    Alias,
-    DataNode,
-    GraphNode,
-    NestedContainer,
-    Task,
-    TaskRef,
-    _execute_subgraph,
-    _identity_cast,
-)
+from dask._task_spec import Alias, DataNode, GraphNode, NestedContainer, Task, TaskRef, _execute_subgraph
 from dask.blockwise import Blockwise
 from dask.highlevelgraph import Layer, MaterializedLayer
 from dask.sizeof import sizeof
@@ -52,10 +43,11 @@ _COUNT_NBYTES = 8  # an int64 or a float64 per element
 # What is left of a table: a row (the size is a guess, its columns are not known here), or groups (a guess too).
 _ROW_NBYTES = 256
 _SHARE_OF_GROUPS = 0.1
-_MANY = 100  # arguments that are not looked through for files
 _ROW_REDUCTIONS = {"All", "Any", "Count", "Len", "Max", "Min", "NBytes", "Prod", "Size", "Sum"}
 
+# Functions of dask.array, numpy and dask._task_spec, by name.
 _CONCATENATIONS = {"_concatenate2", "concatenate", "concatenate3", "concatenate_arrays", "concatenate_shaped"}
+_CONTAINERS = {"_identity_cast", "to_container"}
 _STORINGS = {"store_chunk", "load_store_chunk"}
 _SLICINGS = {"getitem", "_getitem", "getter", "getter_nofancy", "getter_inline"}
 
@@ -291,15 +283,12 @@ class _Estimate:
                 self._settle(key)
 
     def _blocks(self, name: Any) -> _Blocks | None:
-        if name in self.blocks_by_name:
-            return self.blocks_by_name[name]
-        layer = self.layers.get(name) if isinstance(name, str) else None
-        try:
-            blocks = None if layer is None else _Blocks.of(layer, self.layers)
-        except Exception:  # annotations are anybody's; an estimate is never worth a failure
-            blocks = None
-        self.blocks_by_name[name] = blocks
-        return blocks
+        if name not in self.blocks_by_name:
+            try:
+                self.blocks_by_name[name] = _Blocks.of(self.layers[name], self.layers) if name in self.layers else None
+            except Exception:  # annotations are anybody's; an estimate is never worth a failure
+                self.blocks_by_name[name] = None
+        return self.blocks_by_name[name]
 
     def _settle(self, key: Key) -> None:
         """Find a size after those of its inputs, without recursion: chains can be long."""
@@ -384,12 +373,7 @@ class _Estimate:
             return self._root(key, task)
         if (nbytes := _condensed(function, max(inputs))) is not None:
             return nbytes
-        if (
-            name in _CONCATENATIONS
-            or function is _identity_cast
-            or isinstance(task, NestedContainer)
-            or (isinstance(key, str) and key.startswith("finalize-"))
-        ):
+        if name in _CONCATENATIONS or name in _CONTAINERS or (isinstance(key, str) and key.startswith("finalize-")):
             return sum(inputs)
         if _is_carry(key):
             return min(inputs)  # the carry before it, plus a slice of a block
@@ -447,20 +431,17 @@ class _Estimate:
         ]
         if literals:
             return max([_literal_nbytes(value) for value in literals])
-        return _file_nbytes((*task.args, *task.kwargs.values())) or self.default
+        return _file_nbytes(task) or self.default
 
 
-def _file_nbytes(arguments: Iterable[Any], depth: int = 3) -> float:
+def _file_nbytes(value: Any, depth: int = 4) -> float:
     """Sum up the sizes of the files that a task reads, where dask.dataframe's descriptions of them tell."""
-    total = 0.0
-    for value in arguments:
-        if isinstance(value, Task | list | tuple) and depth:
-            parts = (*value.args, *value.kwargs.values()) if isinstance(value, Task) else value
-            total += _file_nbytes(parts, depth - 1) if len(parts) < _MANY else 0.0
-        else:
-            size = getattr(value, "_file_size", None)
-            total += size if isinstance(size, int) else 0
-    return total
+    if isinstance(value, Task):
+        value = (*value.args, *value.kwargs.values())
+    if isinstance(value, list | tuple):
+        return sum([_file_nbytes(part, depth - 1) for part in value[:100]]) if depth else 0.0
+    size = getattr(value, "_file_size", None)
+    return float(size) if isinstance(size, int) else 0.0
 
 
 def _condensed(function: Any, nbytes: float) -> float | None:
