@@ -31,6 +31,7 @@ SCHEDULER_MODULES = (
     "errors",
     "settings",
     "pools",
+    "hypergraph",
     "placement",
     "sizes",
     "taskgraph",

@@ -41,6 +41,7 @@ TRAVELLING = [
     "errors",
     "settings",
     "pools",
+    "hypergraph",
     "placement",
     "sizes",
     "taskgraph",
