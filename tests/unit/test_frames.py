@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cloudpickle
 import dask
 import dask.array as da
 import dask.bag as db
@@ -26,6 +27,7 @@ from dask import delayed
 from dask._task_spec import Alias, Task, _execute_subgraph, convert_legacy_graph
 from dask.base import collections_to_expr
 from dask.core import flatten
+from distributed.shuffle._core import P2PBarrierTask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal, assert_series_equal
@@ -106,7 +108,7 @@ def tasks_and_pins(*collections: Any) -> tuple[dict[Any, Any], dict[Any, Pin]]:
     if len(collections) == 1 and isinstance(collections[0], dd.DataFrame | dd.Series | dd.Scalar):
         collections = (collections[0].optimize(),)
     expr = collections_to_expr(collections).finalize_compute().optimize()
-    expr = pickle.loads(pickle.dumps(expr))
+    expr = pickle.loads(cloudpickle.dumps(expr))
     graph, _ = taskgraph.materialize(expr, list(flatten(expr.__dask_keys__())))
     return taskgraph.extract_pins(graph)
 
@@ -311,7 +313,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "to_delayed, not optimised": lambda f: f.to_delayed(optimize_graph=False),
     "to_bag": lambda f: f.to_bag(),
     "delayed(f)(frame)": delayed(len),
-    "pickle": lambda f: pickle.loads(pickle.dumps(f)),
+    "pickle": lambda f: pickle.loads(cloudpickle.dumps(f)),
     "frame.optimize": lambda f: f.optimize(),
     "dask.optimize": lambda f: dask.optimize(f)[0],
     "to_parquet": lambda f: f.to_parquet("/nowhere", compute=False, compute_kwargs={}),
@@ -372,7 +374,7 @@ def test_p2p_shuffles_of_two_pools_have_ids_of_their_own(step):
         graphs = {name: tasks_and_pins(result) for name, result in results.items()}
     barriers = {}
     for name, (tasks, pins) in graphs.items():
-        found = [task for task in tasks.values() if taskgraph.is_shuffle_barrier(task)]
+        found = [task for task in tasks.values() if isinstance(task, P2PBarrierTask)]
         assert found
         assert all(task.key == f"shuffle-barrier-{task.spec.id}" for task in found)
         assert all(dep in tasks for task in tasks.values() for dep in task.dependencies)
