@@ -22,7 +22,7 @@ from dask.typing import Key
 from dask.utils import format_bytes
 from distributed.client import _get_global_client
 
-from meshcompute import planning, taskgraph
+from meshcompute import pinnedtasks, planning, taskgraph
 from meshcompute.errors import NotACollectionError
 from meshcompute.live import ClientView, EmptyView, View
 from meshcompute.pools import Pin, activate, current_pin, pin_of_annotations
@@ -160,7 +160,7 @@ class Plan:
         layer, index = _layer_name(key), key[1:] if isinstance(key, tuple) else ()
         found: set[str | None] = set()
         for fused, task in self._assignment.tasks.items():
-            inner = taskgraph.inner_keys(task)
+            inner = pinnedtasks.inner_keys(task)
             if key in inner:
                 return self._assignment.pool_by_key.get(fused)
             # Blockwise fusion leaves names without an index: the reader's own index tells, or all agree.
@@ -185,7 +185,7 @@ class Plan:
         pools: dict[str, set[str]] = defaultdict(set)
         for key, task in self._assignment.tasks.items():
             pool = self._assignment.pool_by_key.get(key)
-            for name in {_layer_name(key), *map(_layer_name, taskgraph.inner_keys(task))}:
+            for name in {_layer_name(key), *map(_layer_name, pinnedtasks.inner_keys(task))}:
                 pools[name] |= {pool} if pool is not None else set()
         return {name: frozenset(found) for name, found in pools.items()}
 
@@ -338,7 +338,7 @@ def _pins_of(collection: Any) -> list[Pin]:
         if pins:
             return pins
     tasks: Mapping[Key, Any] = dict(graph)
-    _, found = taskgraph.extract_pins(taskgraph.as_tasks({key: tasks[key] for key in keys if key in tasks}))
+    _, found = pinnedtasks.extract_pins(taskgraph.as_tasks({key: tasks[key] for key in keys if key in tasks}))
     return list(found.values())
 
 
@@ -366,7 +366,7 @@ def propagate_pools_in_collection(collection: T) -> T:
     expr = collections_to_expr(collection).optimize()
     assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())))
     tasks = {
-        key: taskgraph.pinned(task, Pin((pool,))) if (pool := assignment.pool_by_key.get(key)) else task
+        key: pinnedtasks.pinned(task, Pin((pool,))) if (pool := assignment.pool_by_key.get(key)) else task
         for key, task in assignment.tasks.items()
     }
     rebuild, args = collection.__dask_postpersist__()  # type: ignore[attr-defined]

@@ -51,8 +51,8 @@ from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import key_split
 
+from meshcompute.pinnedtasks import pinned
 from meshcompute.pools import ANNOTATION, Pin, current_pin
-from meshcompute.taskgraph import pinned
 
 __all__ = ["PinnedFrame", "PinnedGraph"]
 

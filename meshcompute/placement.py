@@ -42,7 +42,7 @@ _PRECISION = 1e-12  # relative error of a sum of sizes
 class Graph:
     """What placement needs to know about a task graph. Tasks are the integers 0 ... n - 1.
 
-    Parameters
+    Attributes
     ----------
     dependencies
         For every task, the tasks whose values it reads, each once, shape (n,). No cycles.

@@ -22,6 +22,7 @@ from dask.typing import Key
 from meshcompute import placement, taskgraph
 from meshcompute.errors import UnsupportedPinError
 from meshcompute.live import EmptyView, Known, SchedulerView, View
+from meshcompute.pinnedtasks import extract_pins
 from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, resource_of, split_resources
 from meshcompute.sizes import estimate_nbytes
 
@@ -105,7 +106,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     """
     layers = taskgraph.layers_of(expr)
     tasks, annotations = taskgraph.materialize(expr, request.keys)
-    tasks, pins = taskgraph.extract_pins(tasks)
+    tasks, pins = extract_pins(tasks)
     for key, task in tasks.items():  # a task that was renamed by fusion leaves its old key behind
         if isinstance(task, Alias) and task.target in pins:
             pins.setdefault(key, pins[task.target])

@@ -34,6 +34,7 @@ SCHEDULER_MODULES = (
     "hypergraph",
     "placement",
     "sizes",
+    "pinnedtasks",
     "taskgraph",
     "pinnedframes",
     "frames",

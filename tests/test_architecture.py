@@ -34,6 +34,7 @@ PUBLIC = [
     "pool",
     "propagate_pools",
     "propagate_pools_in_collection",
+    "to_zarr",
     "visualize_pools",
 ]
 # Travel to schedulers that may have Dask and nothing else.
@@ -44,6 +45,7 @@ TRAVELLING = [
     "hypergraph",
     "placement",
     "sizes",
+    "pinnedtasks",
     "taskgraph",
     "scheduling",
     "schedulerstate",

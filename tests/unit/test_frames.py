@@ -32,10 +32,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal, assert_series_equal
 
-from meshcompute import frames, taskgraph
+from meshcompute import frames, pinnedtasks, taskgraph
 from meshcompute.clients import pool
 from meshcompute.pools import Pin, current_pin
-from meshcompute.taskgraph import PinnedTask
+from meshcompute.pinnedtasks import PinnedTask
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +110,7 @@ def tasks_and_pins(*collections: Any) -> tuple[dict[Any, Any], dict[Any, Pin]]:
     expr = collections_to_expr(collections).finalize_compute().optimize()
     expr = pickle.loads(cloudpickle.dumps(expr))
     graph, _ = taskgraph.materialize(expr, list(flatten(expr.__dask_keys__())))
-    return taskgraph.extract_pins(graph)
+    return pinnedtasks.extract_pins(graph)
 
 
 def pools_of_reads(*collections: Any) -> set[tuple[str, tuple[str, ...] | None]]:

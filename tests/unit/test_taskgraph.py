@@ -19,8 +19,8 @@ from dask.core import flatten
 from meshcompute import taskgraph
 from meshcompute.clients import pool
 from meshcompute.errors import UnsupportedPinError
+from meshcompute.pinnedtasks import PinnedTask, extract_pins, pinned
 from meshcompute.pools import Pin
-from meshcompute.taskgraph import PinnedTask, extract_pins, pinned
 
 A, B = Pin(("a",)), Pin(("b",))
 
