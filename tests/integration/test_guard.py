@@ -323,12 +323,13 @@ def test_pinned_loads_hold_no_more_in_memory_than_stock(two_pools):
         wait(y, timeout=60)
         return on_scheduler(client, lambda s: (s.plugins["peak-of-loads"].peak, s.remove_plugin("peak-of-loads"))[0])
 
-    # Stock has the threads of both pools, so it may hold more; the naive way floods the pool at once.
+    # Per slot, as stock has the threads of both pools; the naive way floods the pool at once.
     ours = peak("ours", {"resources": {"pool-a": 0}, "pool": {"name": "a", "pinned": True}})
     naive = peak("naive", {"resources": {"pool-a": 0}})
     stock = peak("stock", {})
     print(f"values of load in memory at once: stock {stock}, ours {ours}, naive {naive}")
-    assert ours <= 1.1 * max(stock, 2 * SLOTS_BY_THREADS[2])
+    slots_of_a, slots_of_b = 2 * SLOTS_BY_THREADS[2], 2 * SLOTS_BY_THREADS[1]
+    assert ours / slots_of_a <= 1.1 * stock / (slots_of_a + slots_of_b)
     assert ours < naive
 
 
@@ -354,6 +355,27 @@ def test_values_are_fetched_from_the_own_pool_where_it_has_a_copy(two_pools):
         return [entry["who"] for entry in dask_worker.transfer_incoming_log if values_keys & set(entry["keys"])]
 
     assert set(client.run(incoming, workers=[b1])[b1]) == {b0}
+
+    # A worker whose known holders are all busy asks the scheduler for others.
+    busy = submit(client, "b", lambda _: Event("busy").wait(60), values[0], workers=[b1])
+    wait_until(lambda: processing(client)["b-1"] == 1, "a task that needs the value")
+    assert on_scheduler(client, holders_told, values[0].key, b1, "task-finished") == {b0, b1}
+    everywhere = set(client.who_has([values[0]])[values[0].key])
+    assert on_scheduler(client, holders_told, values[0].key, b1, "find-missing") == everywhere > {b0, b1}
+    Event("busy", client=client).set()
+    assert busy.result(timeout=30)
+
+
+def holders_told(scheduler, key, worker: str, stimulus_id: str) -> set[str]:
+    """What a worker that asks for holders of a value would be told."""
+    told = []
+    comm = scheduler.stream_comms[worker]
+    scheduler.stream_comms[worker] = type("Listener", (), {"send": lambda self, message: told.append(message)})()
+    try:
+        scheduler.stream_handlers["request-refresh-who-has"](keys=[key], worker=worker, stimulus_id=stimulus_id)
+    finally:
+        scheduler.stream_comms[worker] = comm
+    return {holder for message in told for holder in message["who_has"][key]}
 
 
 def test_the_memory_manager_keeps_the_last_copy_of_every_pool_that_needs_one(two_pools):
