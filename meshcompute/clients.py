@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -27,6 +28,7 @@ from distributed.client import _get_global_client
 
 from meshcompute import frames, planning, shipping, taskgraph
 from meshcompute.errors import MeshError, NoClientError, PoolsMissingError, UnknownPoolError, UnsupportedPinError
+from meshcompute.imports import when_imported
 from meshcompute.pools import (
     ANNOTATION,
     UNPINNED,
@@ -88,8 +90,14 @@ def pool(*names: str | None) -> contextlib.AbstractContextManager[None]:
 def _block(pin: Pin) -> Iterator[None]:
     activate()
     frames.activate()
+    when_imported("xarray", _hook_writing)
     with dask.annotate(**{ANNOTATION: pin}):
         yield
+
+
+def _hook_writing(xarray: Any) -> None:
+    # A layer above: what xarray writes inside of a block is written at the site. A scheduler never comes here.
+    importlib.import_module("meshcompute.writing").activate()
 
 
 def _pin_of_names(names: tuple[str | None, ...]) -> Pin:

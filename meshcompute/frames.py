@@ -11,13 +11,8 @@ block, its modules are hooked as they are loaded; the finder that waits for them
 
 from __future__ import annotations
 
-import importlib
-import importlib.abc
-import importlib.machinery
-import sys
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dask
@@ -27,6 +22,7 @@ from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import key_split
 
+from meshcompute.imports import when_imported
 from meshcompute.pools import ANNOTATION, current_pin, pin_of_annotations
 from meshcompute.taskgraph import optimize_with
 
@@ -35,45 +31,8 @@ __all__ = ["activate"]
 
 def activate() -> None:
     """Give frames that are created in a ``pool()`` block their pin, from now on in this process. Idempotent."""
-    missing = {}
     for name, hook in _HOOKS.items():
-        if name in sys.modules:
-            # Another thread may be in the middle of importing it: this waits.
-            hook(importlib.import_module(name))
-        else:
-            missing[name] = hook
-    if missing and not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watcher(missing))
-
-
-class _Watcher(importlib.abc.MetaPathFinder):
-    """Hook modules as they are imported first, then leave."""
-
-    def __init__(self, hooks: Mapping[str, Callable[[ModuleType], None]]) -> None:
-        self.hooks = dict(hooks)
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.hooks:
-            return None
-        for finder in sys.meta_path:
-            if finder is not self and (spec := finder.find_spec(fullname, path, target)) is not None:
-                self._hook_after(spec)
-                return spec
-        return None
-
-    def _hook_after(self, spec: importlib.machinery.ModuleSpec) -> None:
-        loader: Any = spec.loader  # made for this import alone
-        execute = loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            execute(module)
-            self.hooks.pop(module.__name__)(module)
-            if not self.hooks:
-                sys.meta_path.remove(self)
-
-        loader.exec_module = exec_module
+        when_imported(name, hook)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ __all__ = ["Shipment", "by_value"]
 SCHEDULER_MODULES = (
     "errors",
     "settings",
+    "imports",
     "pools",
     "hypergraph",
     "placement",

@@ -23,6 +23,7 @@ import toolz
 from dask._expr import Expr, LLGExpr
 from dask._task_spec import Alias, Task, TaskRef, _execute_subgraph, convert_legacy_graph
 from dask.blockwise import Blockwise
+from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph, Layer, MaterializedLayer
 from dask.typing import Key
 from dask.utils import key_split
@@ -59,12 +60,13 @@ def has_pins(expr: Any) -> bool:
     """
     for node in _walk(expr):
         for operand in node.operands:
-            if isinstance(operand, HighLevelGraph):
-                if any(_layer_has_pin(layer) for layer in operand.layers.values()):
+            graph = operand.dask if isinstance(operand, Delayed) else operand  # what frames are made from
+            if isinstance(graph, HighLevelGraph):
+                if any(_layer_has_pin(layer) for layer in graph.layers.values()):
                     return True
-            elif isinstance(operand, Mapping) and any(has_pin(t) for t in operand.values()):
+            elif isinstance(graph, Mapping) and any(has_pin(t) for t in graph.values()):
                 return True
-        if getattr(node, "has_pin", False):  # a dataframe's pinned node
+        if getattr(type(node), "has_pin", False):  # a dataframe's pinned node
             return True
     return False
 
@@ -214,7 +216,7 @@ def optimize_bag(dsk: Any, keys: Any, **kwargs: Any) -> Any:
     tasks, pins = extract_pins(as_tasks(_mark(dsk)))
     result: Graph = {}
     for key, task in optimize(tasks, keys, **kwargs).items():
-        if isinstance(task, Task) and task.func is _execute_subgraph:
+        if isinstance(task, Task) and task.func is _execute_subgraph and pins.keys() & task.args[0].keys():
             inner = {k: pinned(t, pins[k]) if k in pins else t for k, t in task.args[0].items()}
             result[key] = Task(key, task.func, inner, *task.args[1:], _data_producer=task._data_producer)
         elif key in pins and not isinstance(task, Alias):

@@ -41,6 +41,7 @@ PUBLIC = [
 TRAVELLING = [
     "errors",
     "settings",
+    "imports",
     "pools",
     "hypergraph",
     "placement",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from typing import Any
 
@@ -93,3 +94,17 @@ def test_an_optimiser_of_the_users_own_stays_in_force() -> None:
         (y,) = dask.optimize(x + 1)
         assert seen
         assert y.compute(scheduler="sync").sum() == 12
+
+
+@pytest.mark.parametrize("order", ["import xarray; from meshcompute import pool", "from meshcompute import pool"])
+def test_what_xarray_writes_in_a_block_is_written_at_the_site(order: str) -> None:
+    code = f"""{order}
+with pool("a"):
+    import xarray
+assert xarray.Dataset.to_zarr.meshcompute_hook
+import subprocess
+import sys
+assert not any(type(finder).__module__ == "meshcompute.imports" and "xarray" in finder.hooks for finder in sys.meta_path)
+"""
+    run = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr

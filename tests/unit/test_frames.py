@@ -34,8 +34,8 @@ from pandas.testing import assert_frame_equal, assert_series_equal
 
 from meshcompute import frames, pinnedtasks, taskgraph
 from meshcompute.clients import pool
-from meshcompute.pools import Pin, current_pin
 from meshcompute.pinnedtasks import PinnedTask
+from meshcompute.pools import Pin, current_pin
 
 
 @pytest.fixture(autouse=True)
@@ -312,6 +312,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "to_delayed": lambda f: f.to_delayed(),
     "to_delayed, not optimised": lambda f: f.to_delayed(optimize_graph=False),
     "to_bag": lambda f: f.to_bag(),
+    "to_bag of frames": lambda f: f.to_bag(format="frame"),
     "delayed(f)(frame)": delayed(len),
     "pickle": lambda f: pickle.loads(cloudpickle.dumps(f)),
     "frame.optimize": lambda f: f.optimize(),
