@@ -74,7 +74,7 @@ def _dependents_of(expr: Any, dependents: Any) -> list[Any]:
 class PinnedFrame(Blockwise):
     """A frame that must be made in one of the pools of its pin.
 
-    Parameters
+    Attributes
     ----------
     frame
         The frame's expression.
@@ -321,7 +321,7 @@ def _next_private(nodes: Mapping[str, Any], pin: Pin, readers: set[str], depende
 class PinnedGraph(Expr):
     """The graph of a pinned frame: lowered, and closed to everything that Dask does later.
 
-    Parameters
+    Attributes
     ----------
     frames
         The frame's lowered expression, in a tuple, which hides it from Dask's rewriting.

@@ -415,14 +415,14 @@ import sys
 from meshcompute.clients import pool
 with pool("a"):
     assert "pandas" not in sys.modules and "dask.dataframe" not in sys.modules
-    watchers = [f for f in sys.meta_path if type(f).__module__ == "meshcompute.frames"]
+    watchers = [f for f in sys.meta_path if type(f).__module__ == "meshcompute.imports"]
     assert len(watchers) == 1
     with pool("b"):
-        assert [f for f in sys.meta_path if type(f).__module__ == "meshcompute.frames"] == watchers
+        assert [f for f in sys.meta_path if type(f).__module__ == "meshcompute.imports"] == watchers
     import dask.dataframe as dd
     frame = dd.from_dict({"x": [1, 2, 3]}, npartitions=2)
     assert type(frame.expr).__name__ == "PinnedFrame"
-assert not [f for f in sys.meta_path if type(f).__module__ == "meshcompute.frames"]
+assert not any(name.startswith("dask") for watcher in watchers for name in watcher.hooks)
 assert frame.x.sum().compute(scheduler="sync") == 6
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
