@@ -303,9 +303,7 @@ class PeakOfLoads(SchedulerPlugin):
             self.peak = max(self.peak, len(self.held))
 
 
-def test_pinned_loads_hold_no_more_in_memory_than_stock(two_pools):
-    client = two_pools
-
+def test_pinned_loads_hold_no_more_in_memory_than_stock(tmp_path):
     def load(block_info=None):
         return np.ones((10, 10))
 
@@ -313,7 +311,7 @@ def test_pinned_loads_hold_no_more_in_memory_than_stock(two_pools):
         time.sleep(0.02)
         return block[:1, :1]
 
-    def peak(name: str, annotations: dict) -> int:
+    def peak(client: Client, name: str, annotations: dict) -> int:
         plugin = PeakOfLoads()
         on_scheduler(client, lambda s: s.add_plugin(plugin))
         with dask.annotate(**annotations):
@@ -323,13 +321,13 @@ def test_pinned_loads_hold_no_more_in_memory_than_stock(two_pools):
         wait(y, timeout=60)
         return on_scheduler(client, lambda s: (s.plugins["peak-of-loads"].peak, s.remove_plugin("peak-of-loads"))[0])
 
-    # Per slot, as stock has the threads of both pools; the naive way floods the pool at once.
-    ours = peak("ours", {"resources": {"pool-a": 0}, "pool": {"name": "a", "pinned": True}})
-    naive = peak("naive", {"resources": {"pool-a": 0}})
-    stock = peak("stock", {})
+    # Like for like: all three have the same workers. The naive way floods them at once.
+    with cluster_of(tmp_path, {"a-0": ("pool-a=1", 2), "a-1": ("pool-a=1", 2)}) as (_, client):
+        ours = peak(client, "ours", {"resources": {"pool-a": 0}, "pool": {"name": "a", "pinned": True}})
+        naive = peak(client, "naive", {"resources": {"pool-a": 0}})
+        stock = peak(client, "stock", {})
     print(f"values of load in memory at once: stock {stock}, ours {ours}, naive {naive}")
-    slots_of_a, slots_of_b = 2 * SLOTS_BY_THREADS[2], 2 * SLOTS_BY_THREADS[1]
-    assert ours / slots_of_a <= 1.1 * stock / (slots_of_a + slots_of_b)
+    assert ours <= 1.1 * stock
     assert ours < naive
 
 
