@@ -95,7 +95,7 @@ def _block(pin: Pin) -> Iterator[None]:
         yield
 
 
-def _hook_writing(xarray: Any) -> None:
+def _hook_writing(_: Any) -> None:
     # A layer above: what xarray writes inside of a block is written at the site. A scheduler never comes here.
     importlib.import_module("meshcompute.writing").activate()
 
