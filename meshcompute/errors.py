@@ -9,6 +9,7 @@ Our tree::
     ├── NoClientError (also RuntimeError)        no Dask client, and one is needed
     ├── PoolsMissingError (also RuntimeError)    a cluster none of whose workers has a pool
     ├── UnknownPoolError (also RuntimeError)     work is pinned to a pool that nobody has
+    │   └── UnmetDemandError                     ... or that has no worker with what else the work asks for
     ├── VersionMismatchError (also RuntimeError) client and scheduler run different meshcompute
     └── MissingDependencyError (also ImportError) an optional package or program is not installed
 
@@ -18,7 +19,7 @@ survives pickling, because Dask carries errors between processes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PoolNameError",
     "PoolsMissingError",
     "UnknownPoolError",
+    "UnmetDemandError",
     "UnsupportedPinError",
     "VersionMismatchError",
 ]
@@ -155,6 +157,48 @@ class UnknownPoolError(MeshError, RuntimeError):
             f"No worker of pool {self.pool!r} came within {self.timeout_seconds:g} s, and work is pinned to it{task}. "
             f"Pools of this cluster: {exist}. Correct the name, or start a worker there with "
             f"--resources pool-{self.pool}=1 and compute again."
+        )
+
+
+class UnmetDemandError(UnknownPoolError):
+    """Work is pinned to a pool, and no worker of it offers what else the work asks for.
+
+    Parameters
+    ----------
+    pool
+        Name of the pool.
+    pools
+        Names of the pools that exist.
+    timeout_seconds
+        How long the work waited.
+    key
+        One of the tasks that waited.
+    demands
+        What it asks for besides the pool: resources with amounts, and names of workers.
+    """
+
+    def __init__(  # noqa: PLR0917 - errors are unpickled from positional arguments
+        self,
+        pool: str,
+        pools: Iterable[str],
+        timeout_seconds: float,
+        key: Any = None,
+        demands: Mapping[str, float] | None = None,
+        workers: Collection[str] = (),
+    ) -> None:
+        super().__init__(pool, pools, timeout_seconds, key)
+        self.demands = dict(demands or {})
+        self.workers = tuple(sorted(workers))
+        self.args = (pool, self.pools, timeout_seconds, key, self.demands, self.workers)
+
+    def __str__(self) -> str:
+        wanted = [f"{name}={amount:g}" for name, amount in sorted(self.demands.items())]
+        if self.workers:
+            wanted.append("being one of " + ", ".join(self.workers))
+        return (
+            f"Pool {self.pool!r} has workers, but for {self.timeout_seconds:g} s none with {' and '.join(wanted)}, "
+            f"which task {self.key!r} asks for. Start a worker of this pool that offers it, for example with "
+            f'--resources "pool-{self.pool}=1 {" ".join(w for w in wanted if "=" in w)}", or ask for less.'
         )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from distributed.diagnostics.plugin import SchedulerPlugin
@@ -23,62 +23,20 @@ from distributed.metrics import monotonic
 from distributed.protocol.pickle import dumps
 from tornado.ioloop import PeriodicCallback
 
-from meshcompute.errors import UnknownPoolError
+from meshcompute.errors import UnknownPoolError, UnmetDemandError
 from meshcompute.pools import pools_of_resources, resource_of, split_resources
 from meshcompute.schedulerextensions import is_barrier
 from meshcompute.schedulerqueue import assign_pool, is_pinned, pool_of
 from meshcompute.schedulerstate import PoolScheduler, enlist
 from meshcompute.settings import setting_seconds
 
-__all__ = ["Guard", "UnmetDemandError", "shuffle_pool"]
+__all__ = ["Guard", "shuffle_pool"]
 
 logger = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 0.25  # as often as distributed looks for workers that are missing
 _MAX_CHECK_SECONDS = 0.1  # of the event loop at a time; a hundred thousand tasks may be waiting
 _MAX_CHECK_SHARE = 0.2  # of the event loop in the long run
-
-
-class UnmetDemandError(UnknownPoolError):
-    """Work is pinned to a pool, and no worker of it offers what else the work asks for.
-
-    Parameters
-    ----------
-    pool
-        Name of the pool.
-    pools
-        Names of the pools that exist.
-    timeout_seconds
-        How long the work waited.
-    key
-        One of the tasks that waited.
-    demands
-        What it asks for besides the pool: resources with amounts, and names of workers.
-    """
-
-    def __init__(  # noqa: PLR0917 - errors are unpickled from positional arguments
-        self,
-        pool: str,
-        pools: Iterable[str],
-        timeout_seconds: float,
-        key: Any = None,
-        demands: Mapping[str, float] | None = None,
-        workers: Collection[str] = (),
-    ) -> None:
-        super().__init__(pool, pools, timeout_seconds, key)
-        self.demands = dict(demands or {})
-        self.workers = tuple(sorted(workers))
-        self.args = (pool, self.pools, timeout_seconds, key, self.demands, self.workers)
-
-    def __str__(self) -> str:
-        wanted = [f"{name}={amount:g}" for name, amount in sorted(self.demands.items())]
-        if self.workers:
-            wanted.append("being one of " + ", ".join(self.workers))
-        return (
-            f"Pool {self.pool!r} has workers, but for {self.timeout_seconds:g} s none with {' and '.join(wanted)}, "
-            f"which task {self.key!r} asks for. Start a worker of this pool that offers it, for example with "
-            f'--resources "pool-{self.pool}=1 {" ".join(w for w in wanted if "=" in w)}", or ask for less.'
-        )
 
 
 def shuffle_pool(

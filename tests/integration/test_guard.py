@@ -34,8 +34,8 @@ from distributed import (
     wait,
 )
 
-from meshcompute.errors import UnknownPoolError
-from meshcompute.scheduling import Guard, UnmetDemandError
+from meshcompute.errors import UnknownPoolError, UnmetDemandError
+from meshcompute.scheduling import Guard
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcompute import schedulerstate
-from meshcompute.errors import MeshError, UnknownPoolError
+from meshcompute.errors import MeshError, UnknownPoolError, UnmetDemandError
 from meshcompute.schedulerextensions import EXTENSIONS
 from meshcompute.schedulerqueue import IdleWorkers, Lanes, PoolQueue, assign_pool, drop_pool, is_pinned, pool_of
 from meshcompute.schedulerstate import PoolScheduler, check_internals
-from meshcompute.scheduling import Guard, UnmetDemandError, shuffle_pool
+from meshcompute.scheduling import Guard, shuffle_pool
 
 # ---------------------------------------------------------------------- what we rely on in distributed
 
