@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import toolz
+from dask._expr import ProhibitReuse
 from dask._task_spec import Alias, GraphNode, Task, TaskRef, _execute_subgraph
 from dask.tokenize import tokenize
 from dask.typing import Key
@@ -28,6 +29,7 @@ __all__ = [
     "extract_pins",
     "has_pin",
     "inner_keys",
+    "is_copied",
     "pinned",
     "split_conflicts",
 ]
@@ -91,6 +93,11 @@ def pinned(task: GraphNode, pin: Pin) -> GraphNode:
         return task
     value: Any = TaskRef(task.target) if isinstance(task, Alias) else task
     return PinnedTask(task.key, toolz.identity, value, _pin=pin, _data_producer=task.data_producer)
+
+
+def is_copied(task: GraphNode) -> bool:
+    """Report whether Dask copied a task out of a collection that was handed to ``delayed``: it was made elsewhere."""
+    return isinstance(task, Task) and task.func is ProhibitReuse._identity
 
 
 def has_pin(task: object) -> bool:
@@ -217,7 +224,10 @@ def split_conflicts(graph: Graph) -> Graph:
     """
     result: Graph | None = None
     checked: dict[int, tuple[Any, bool]] = {}
-    for key, task in graph.items():
+    for key, node in graph.items():
+        task = node
+        while is_copied(task) and isinstance(task.args[0], Task):
+            task = task.args[0]
         if not (isinstance(task, Task) and task.func is _execute_subgraph):
             continue
         inner = task.args[0]

@@ -23,12 +23,13 @@ import toolz
 from dask._expr import Expr, LLGExpr
 from dask._task_spec import Alias, Task, TaskRef, _execute_subgraph, convert_legacy_graph
 from dask.blockwise import Blockwise
+from dask.core import toposort
 from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph, Layer, MaterializedLayer
 from dask.typing import Key
 from dask.utils import key_split
 
-from meshcompute.pinnedtasks import Graph, extract_pins, has_pin, pinned
+from meshcompute.pinnedtasks import Graph, extract_pins, has_pin, is_copied, pinned
 from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, split_resources
 
 __all__ = [
@@ -135,7 +136,8 @@ def _mark(hlg: HighLevelGraph) -> HighLevelGraph:
                 if all_keys is None:
                     all_keys = set(hlg.get_all_external_keys())
                 tasks = convert_legacy_graph(dict(layer), all_keys)
-                new = MaterializedLayer({k: pinned(t, pin) for k, t in tasks.items()})
+                # What was handed to delayed() in this block belongs to the block in which it was made.
+                new = MaterializedLayer({k: t if is_copied(t) else pinned(t, pin) for k, t in tasks.items()})
                 new.collection_annotations = layer.collection_annotations
         new.annotations = annotations or None
         layers[name] = new
@@ -214,6 +216,9 @@ def optimize_bag(dsk: Any, keys: Any, **kwargs: Any) -> Any:
         return optimize(dsk, keys, **kwargs)
     # Its last pass builds every task anew (dask.bag.core.lazify), so that the pins have to wait outside.
     tasks, pins = extract_pins(as_tasks(_mark(dsk)))
+    # Inside a fused task bags are lazy iterators, so that this one must not be taken apart: the second half would do
+    # the work of the first.
+    kwargs["fuse_keys"] = [*(kwargs.get("fuse_keys") or ()), *_boundaries(tasks, pins)]
     result: Graph = {}
     for key, task in optimize(tasks, keys, **kwargs).items():
         if isinstance(task, Task) and task.func is _execute_subgraph and pins.keys() & task.args[0].keys():
@@ -224,6 +229,27 @@ def optimize_bag(dsk: Any, keys: Any, **kwargs: Any) -> Any:
         else:
             result[key] = task
     return result
+
+
+def _boundaries(graph: Graph, pins: Mapping[Key, Pin]) -> set[Key]:
+    """Find the tasks whose reader has to run in another pool than a chain that ends with them."""
+    boundaries: set[Key] = set()
+    allowed: dict[Key, frozenset[str] | None] = {}
+    for key in toposort(graph):
+        task = graph[key]
+        pin = pins.get(key)
+        own = frozenset(pin.pools) if pin is not None and pin.pools else None
+        if len(task.dependencies) == 1:  # only chains are fused
+            (source,) = task.dependencies
+            given = allowed.get(source)
+            if own is None:
+                own = given
+            elif given is not None and own & given:
+                own &= given
+            elif given is not None:
+                boundaries.add(source)
+        allowed[key] = own
+    return boundaries
 
 
 def optimize_delayed(dsk: Any, keys: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,60 @@
+"""What a distrustful user found: programs that once lost a pin, failed or hung, each as small as it gets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import dask.array as da
+import dask.bag as db
+import numpy as np
+import pytest
+from dask import delayed
+from distributed import get_worker
+
+from meshcompute.clients import pool, propagate_pools
+
+
+@pytest.fixture(params=["guard only", "propagate_pools"], autouse=True)
+def rules(request: pytest.FixtureRequest, sites: Any) -> Iterator[str]:
+    """Every pin must hold with and without placement."""
+    with propagate_pools() if request.param == "propagate_pools" else contextlib.nullcontext():
+        yield request.param
+
+
+def checked(value: Any, site: str) -> Any:
+    """Return a value, and fail outside of a site."""
+    assert f"pool-{site}" in get_worker().state.total_resources, f"ran outside of {site}"
+    return value
+
+
+def checked_in(array: da.Array, site: str) -> da.Array:
+    """One more step of an array, which must run at a site."""
+    with pool(site):
+        return array.map_blocks(checked, site, dtype=array.dtype, meta=np.empty((0,) * array.ndim))
+
+
+def test_a_bag_that_is_read_in_one_pool_and_mapped_in_another_does_each_step_where_it_belongs() -> None:
+    with pool("a"):
+        read = db.from_sequence(range(8), npartitions=2).map(checked, "a")
+    doubled = read.map(lambda i: 2 * i)
+    with pool("b"):
+        mapped = doubled.map(checked, "b")
+        total = mapped.sum()
+    with pool("a"):
+        again = mapped.map(checked, "a")
+    assert total.compute() == 56
+    assert again.compute() == list(range(0, 16, 2))
+
+
+def test_a_delayed_call_in_one_pool_takes_an_array_of_another() -> None:
+    read = checked_in(da.ones((8, 4), chunks=2), "a")
+    with pool("b"):
+        total = delayed(checked)(read.sum(), "b")
+    assert total.compute() == 32
+
+
+def test_a_delayed_call_takes_an_array_that_went_from_pool_to_pool() -> None:
+    moved = checked_in(checked_in(da.ones(8, chunks=4), "a"), "b")
+    assert delayed(np.sum)(moved).compute() == 8
