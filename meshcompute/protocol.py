@@ -19,8 +19,9 @@ GET      /v1/metrics                                             text, Prometheu
 GET      /v1/openapi.json                                        the OpenAPI document
 =======  ===============================  =====================  =========================================
 
-An epoch counts a cluster's desired states upwards: a PUT with a smaller epoch than the last one, or with one that is
-not larger than the epoch of a DELETE, is refused with 409, so that a late PUT never brings a deleted cluster back.
+An epoch counts a cluster's desired states upwards: every change of a spec takes a larger one. A PUT with a smaller
+epoch than the last one, with the same epoch and other content, or with one that is not larger than the epoch of a
+DELETE, is refused with 409, so that a late PUT never brings an old state or a deleted cluster back.
 """
 
 from __future__ import annotations
@@ -144,6 +145,7 @@ class Peer(_Request):
 
     ``endpoint`` is ``host:port`` or ``[v6]:port``, or None for a peer that cannot be reached and calls itself.
     ``initiates`` says whether *this* side starts the handshake. A peer whose key is not known yet is configured later.
+    ``via`` is the site that relays between the two, where they cannot reach each other; None means directly.
     """
 
     site: SiteNumber
@@ -151,6 +153,7 @@ class Peer(_Request):
     public_key: PublicKey | None = None
     endpoint: Endpoint | None = None
     initiates: bool = False
+    via: SiteNumber | None = None
 
 
 class WorkerRequest(_Request):
@@ -197,6 +200,10 @@ class ClusterSpec(_Request):
             raise ValueError(f"two peers have the same site number: {sorted(sites)}")
         if self.site in sites:
             raise ValueError(f"site {self.site} is this site itself and cannot be its own peer")
+        direct = {peer.site for peer in self.peers if peer.via is None}
+        for peer in self.peers:
+            if peer.via is not None and peer.via not in direct:
+                raise ValueError(f"site {peer.site} goes via site {peer.via}, which is no direct peer of this site")
         if self.scheduler is not None and self.role != "scheduler":
             raise ValueError("a scheduler can run only where role is 'scheduler'")
         return self
