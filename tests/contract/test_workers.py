@@ -1,0 +1,225 @@
+"""What every worker runtime promises, for each of them: real processes, a real scheduler, a real engine.
+
+The process runtime needs nothing. The Docker runtime needs root, an engine and an image; ``tests/workerbench.py``
+starts an engine of its own in namespaces of its own, which end with this process.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from workerbench import ProcessBench
+
+from controlplane.workers.base import PortTakenError, UnitUnknownError, WorkerSpec
+
+BENCHES = {"process": ProcessBench}
+
+
+@pytest.fixture(scope="module", params=["process"])
+def bench(request, tmp_path_factory):
+    """A runtime with a scheduler in a unit of its own, and a client."""
+    folder = tmp_path_factory.mktemp("bench")
+    with BENCHES[request.param](folder) as bench:
+        yield bench
+
+
+@pytest.fixture(scope="module")
+def unit(bench):
+    """A unit of two workers that the tests of this file share, where they do not end it."""
+    spec = bench.spec("shared", processes=(0, 1))
+    bench.do(bench.runtime.start(spec))
+    bench.attach(spec)
+    return spec
+
+
+def test_a_spec_says_at_once_what_cannot_be(bench):
+    with pytest.raises(ValueError, match="no name for a worker"):
+        bench.spec("../elsewhere")
+    with pytest.raises(ValueError, match="different names"):
+        bench.spec("u", processes=(0, 0))
+    with pytest.raises(ValueError, match="where their scheduler is"):
+        replace(bench.spec("u"), scheduler_address=None)
+    with pytest.raises(ValueError, match="absolute"):
+        replace(bench.spec("u"), data_folders=("data",))
+
+
+def test_the_processes_of_a_unit_register_with_their_names_and_their_pool(bench, unit):
+    workers = bench.wait_for_workers(*unit.process_names)
+    for name in unit.process_names:
+        assert workers[name]["resources"] == {f"pool-{bench.pool}": 1}
+        assert workers[name]["nthreads"] == unit.threads_per_process
+        assert workers[name]["memory_limit"] == unit.memory_bytes_per_process
+        assert bench.on(name, lambda: os.environ["POOL_NAME"]) == bench.pool
+
+
+def test_a_unit_that_runs_is_observed_and_starting_it_again_changes_nothing(bench, unit):
+    before = bench.do(bench.runtime.observe())[unit.name]
+    assert (before.state, before.cluster_id, before.name) == ("running", unit.cluster_id, unit.name)
+    assert before.netns
+    assert bench.do(bench.runtime.start(unit)) == before
+
+
+def test_a_new_runtime_object_finds_what_runs(bench, unit):
+    bench.wait_for_workers(*unit.process_names)
+    adopted = bench.new_runtime()
+    assert bench.do(adopted.observe())[unit.name] == bench.do(bench.runtime.observe())[unit.name]
+    bench.do(adopted.renew(unit.name, 60))
+
+
+def test_a_worker_that_is_killed_is_replaced(bench, unit):
+    name = unit.process_names[0]
+    address = bench.wait_for_workers(name)[name]["address"]
+    [pid] = bench.pids(name)
+    os.kill(pid, signal.SIGKILL)
+    bench.wait(lambda: bench.workers().get(name, {"address": address})["address"] != address, f"another {name}")
+    assert bench.on(name, lambda: "it works") == "it works"
+    assert f"keeper | {name} ended by signal 9" in bench.do(bench.runtime.logs(unit.name, 1000))
+
+
+def test_processes_have_no_capability_and_cannot_get_any(bench, unit):
+    bench.wait_for_workers(*unit.process_names)
+    for name in unit.process_names:
+        [pid] = bench.pids(name)
+        status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert status["NoNewPrivs"] == "1"
+        if bench.kind == "docker":
+            assert {status[kind] for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["Uid"].split() == [str(unit.uid)] * 4
+        assert status["Gid"].split() == [str(unit.gid)] * 4
+
+
+def test_data_can_be_read_at_its_own_path_and_not_be_written(bench, unit):
+    path = f"{unit.data_folders[0]}/field.txt"
+
+    def write():
+        try:
+            Path(path).write_text("changed")
+        except OSError as error:
+            return error.strerror
+        return "written"
+
+    bench.wait_for_workers(unit.process_names[0])
+    assert bench.on(unit.process_names[0], lambda: Path(path).read_text()) == "data of a"
+    assert bench.on(unit.process_names[0], write) == "Read-only file system"
+
+
+def test_logs_say_which_process_wrote_what(bench, unit):
+    first, second = unit.process_names
+    bench.wait_for_workers(first, second)
+    text = bench.do(bench.runtime.logs(unit.name, 1000))
+    assert {line.split(" | ")[0] for line in text.splitlines()} >= {first, second}
+    alone = bench.do(bench.runtime.logs(unit.name, 5, process=second)).splitlines()
+    assert 0 < len(alone) <= 5
+    assert all(line.startswith(f"{second} | ") for line in alone)
+
+
+def test_what_nobody_started_is_unknown_and_stopping_it_is_fine(bench):
+    with pytest.raises(UnitUnknownError, match="'nobody'"):
+        bench.do(bench.runtime.logs("nobody", 5))
+    with pytest.raises(UnitUnknownError, match="'nobody'"):
+        bench.do(bench.runtime.renew("nobody", 5))
+    bench.do(bench.runtime.stop("nobody", 1))
+
+
+def test_stopping_leaves_nothing_though_a_worker_does_not_end_and_a_task_left_a_process(bench):
+    spec = bench.spec("stubborn", processes=(8, 9))
+    bench.do(bench.runtime.start(spec))
+    bench.attach(spec)
+    bench.wait_for_workers(*spec.process_names)
+    marker = f"outlives-{os.getpid()}"
+
+    def leave_a_process():
+        subprocess.Popen(["sh", "-c", "sleep 600; exit", marker], start_new_session=True)
+
+    bench.on(bench.worker(8), leave_a_process)
+    bench.wait(lambda: bench.pids(marker), "the task's own process")
+    [stopped] = bench.pids(bench.worker(9))
+    os.kill(stopped, signal.SIGSTOP)  # it will never take note of a SIGTERM
+    started = time.monotonic()
+    bench.do(bench.runtime.stop(spec.name, 1))
+    assert time.monotonic() - started < 20
+    bench.wait(lambda: not bench.pids(*spec.process_names, marker), "the end of all processes")
+    assert spec.name not in bench.do(bench.runtime.observe())
+    assert bench.leftovers(spec.name) == []
+
+
+def test_a_unit_that_is_not_renewed_ends_though_nobody_asks_and_is_replaced_when_asked_for(bench):
+    spec = replace(bench.spec("short", processes=(7,)), deadline_seconds=2.0)
+    bench.do(bench.runtime.start(spec))
+    bench.attach(spec)
+    bench.do(bench.runtime.renew(spec.name, 6.0))
+    until = time.monotonic() + 6.0
+    bench.wait(lambda: bench.pids(bench.worker(7)), "the worker's process")
+    bench.wait(lambda: not bench.pids(bench.worker(7)), "the end of the worker")
+    assert time.monotonic() > until - 0.5  # the first deadline was replaced by the second
+    bench.wait(lambda: bench.do(bench.runtime.observe())[spec.name].state == "exited", "the end of the unit")
+    state = bench.do(bench.new_runtime().observe())[spec.name]
+    assert state.exit_code in {3, None}
+    assert bench.do(bench.runtime.start(spec)).state in {"starting", "running"}
+    bench.do(bench.runtime.stop(spec.name, 1))
+
+
+def test_what_is_inside_dies_with_its_keeper(bench):
+    spec = bench.spec("headless", processes=(6,))
+    bench.do(bench.runtime.start(spec))
+    bench.attach(spec)
+    bench.wait_for_workers(bench.worker(6))
+    for pid in bench.keepers(spec.name):
+        os.kill(pid, signal.SIGKILL)
+    bench.wait(lambda: not bench.pids(bench.worker(6)), "the end of the worker")
+    bench.wait(lambda: bench.do(bench.runtime.observe())[spec.name].state == "exited", "the end of the unit")
+    bench.do(bench.runtime.stop(spec.name, 1))
+
+
+def test_a_scheduler_is_reached_at_localhost_and_goes_when_it_is_stopped(bench):
+    port = bench.client_port
+    identity = bench.client.sync(bench.client.scheduler.identity)
+    assert identity["type"] == "Scheduler"
+    with socket.create_connection(("127.0.0.1", bench.dashboard_port), timeout=10):
+        pass
+    second = replace(bench.scheduler, name="second", process_names=("scheduler-2",))
+    with pytest.raises(PortTakenError, match=f"127.0.0.1:{port}"):
+        bench.do(bench.runtime.start(second))
+    assert "second" not in bench.do(bench.runtime.observe())
+
+
+@pytest.mark.parametrize("bench", ["process"], indirect=True)
+def test_units_outlive_a_daemon_that_is_killed_but_not_their_lease(bench):
+    code = f"""
+        import asyncio, os, signal
+        from dataclasses import replace
+        from controlplane.workers.base import WorkerSpec
+        from controlplane.workers.process import ProcessRuntime
+        runtime = ProcessRuntime({str(bench.runtime.folder.path)!r})
+        asyncio.run(runtime.start({bench.spec("orphan", processes=(5,))!r}))
+        asyncio.run(runtime.renew("orphan", 5.0))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    daemon = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False, timeout=60)
+    assert daemon.returncode == -signal.SIGKILL
+    assert bench.do(bench.runtime.observe())["orphan"].state == "running"
+    bench.wait(lambda: bench.pids(bench.worker(5)), "the worker's process")
+    bench.wait(lambda: not bench.pids(bench.worker(5)), "the end of the worker")
+    bench.wait(lambda: bench.do(bench.runtime.observe())["orphan"].state == "exited", "the end of the unit")
+    bench.do(bench.runtime.stop("orphan", 1))
+    assert bench.leftovers("orphan") == []
+
+
+@pytest.mark.parametrize("bench", ["process"], indirect=True)
+def test_a_process_sees_nothing_in_the_folders_of_other_sites(bench, unit):
+    bench.wait_for_workers(unit.process_names[0])
+    hidden = bench.hidden
+    assert Path(hidden, "secret.txt").read_text() == "data of b"
+    assert bench.on(unit.process_names[0], lambda: list(Path(hidden).iterdir())) == []
+
+
+def test_a_spec_goes_through_its_folder_unchanged(bench, unit):
+    assert bench.runtime.folder.spec(unit.name) == unit
+    assert isinstance(bench.runtime.folder.spec(unit.name), WorkerSpec)
