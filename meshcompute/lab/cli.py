@@ -1,0 +1,192 @@
+"""The command group ``meshcompute lab``.
+
+Covers reading the command line, printing, and exit codes. Does not cover what the commands do. The command line of
+meshcompute loads this file, so it imports click alone, and the rest when a command runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from meshcompute.errors import MeshError
+
+__all__ = ["lab"]
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@click.group()
+def lab() -> None:
+    """Try it in data centres that are simulated on this machine (Linux, root)."""
+
+
+def _options(command: Any) -> Any:
+    for option in reversed(
+        [
+            click.option("--name", default="lab", show_default=True, help="Two labs at once need two names."),
+            click.option(
+                "--rate", type=float, metavar="MBIT", help="What each link carries, in Mbit/s; else no limit."
+            ),
+            click.option("--delay", type=float, default=0.0, metavar="MS", help="Delay one way, in ms."),
+            click.option("--loss", type=float, default=0.0, metavar="SHARE", help="Share of packets lost, 0 to 1."),
+            click.option("--nat", multiple=True, metavar="SITE", help="A site behind a router with NAT (repeatable)."),
+            click.option("--data", multiple=True, metavar="SITE=FOLDER", help="What a site has as /data/SITE."),
+            click.option(
+                "--share", type=click.Path(exists=True, file_okay=False), help="Folder shared with the client."
+            ),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@lab.command()
+@_options
+def up(**options: Any) -> None:
+    """Start the lab: a client's host and two sites, with a WAN between them."""
+    _start(options, dies_with_us=False)
+    name = options["name"]
+    more = "" if name == "lab" else f" --name {name}"
+    click.echo(f"the lab is up; try: meshcompute lab exec{more} client -- ssh 10.8.0.4 hostname")
+
+
+@lab.command()
+@click.option("--name", default="lab", show_default=True)
+def down(name: str) -> None:
+    """End the lab; nothing stays."""
+    from meshcompute.lab.lab import stop_lab
+
+    with _Errors():
+        stop_lab(name)
+    click.echo("the lab is down")
+
+
+@lab.command()
+@click.option("--name", default="lab", show_default=True)
+def status(name: str) -> None:
+    """Show the hosts, and each link with what has crossed it."""
+    from meshcompute.lab.lab import lab_status
+
+    with _Errors():
+        found = lab_status(name)
+    click.echo(f"lab {name}: supervisor is process {found.supervisor_pid}")
+    for host in found.lab.hosts:
+        click.echo(f"  {host.name:<10} {host.address!s:<10} process {found.pids.get(host.name, 'not yet')}")
+    for link in found.links:
+        rate = link["rate_bits_per_second"]
+        speed = "cut" if link["is_cut"] else f"{rate / 1e6:g} Mbit/s" if rate else "no limit"
+        shape = f"{speed}, {link['delay_seconds'] * 1e3:g} ms, loss {link['loss']:g}"
+        counted = f"{link['sent_packets']} packets, {link['sent_nbytes']} bytes; {link['dropped_packets']} dropped"
+        click.echo(f"  {link['from']:>10} → {link['to']:<10} {shape}: {counted}")
+
+
+@lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--name", default="lab", show_default=True)
+@click.option("--user", default="root", show_default=True, help="root, or the account mesh.")
+@click.argument("host")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def execute(name: str, user: str, host: str, command: tuple[str, ...]) -> None:
+    """Run COMMAND on HOST; its exit code is this one's."""
+    from meshcompute.lab.lab import lab_status, render_exec
+
+    if command[0] == "--":
+        command = command[1:]
+    with _Errors():
+        arguments, environment = render_exec(
+            lab_status(name), host, command, user=user, environment=os.environ, folder=str(Path.cwd())
+        )
+        os.execvpe(arguments[0], arguments, environment)  # noqa: S606 - the command is what was asked for
+
+
+@lab.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@_options
+@click.option("--user", default="root", show_default=True, help="root, or the account mesh.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
+    """Start the lab, run COMMAND on the client's host, end the lab; the exit code is COMMAND's.
+
+    The current folder is shared with the client's host, so that what COMMAND writes there stays.
+    """
+    from meshcompute.lab.lab import lab_status, render_exec, stop_lab
+
+    if options["share"] is None and Path.cwd() != Path("/"):
+        options["share"] = str(Path.cwd())
+    _start(options, dies_with_us=True)
+    name = options["name"]
+    process = None
+    try:
+        with _Errors():
+            arguments, environment = render_exec(
+                lab_status(name), "client", command, user=user, environment=os.environ, folder=str(Path.cwd())
+            )
+            process = subprocess.Popen(arguments, env=environment)
+            code = process.wait()
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        code = INTERRUPTED
+        if process is not None:  # it got the same signal from the terminal; its own cleaning up has some time
+            with suppress(subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.wait(20)
+    finally:
+        with _Errors():
+            stop_lab(name)
+        click.echo("the lab is down", err=True)
+    sys.exit(code if code >= 0 else 128 - code)
+
+
+def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
+    from dataclasses import replace
+
+    from meshcompute.lab.lab import find_account, start_lab
+    from meshcompute.lab.topology import Lab, default_hosts
+
+    data = dict(item.split("=", 1) for item in options["data"])
+    hosts = tuple(
+        replace(host, data=data.get(host.name), has_nat=host.name in options["nat"]) for host in default_hosts()
+    )
+    rate = options["rate"]
+    path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    wanted = Lab(
+        name=options["name"],
+        hosts=hosts,
+        shared=options["share"] and str(Path(options["share"]).resolve()),
+        path=path,
+        account=find_account(),
+        delay_seconds=options["delay"] / 1e3,
+        rate_bits_per_second=None if rate is None else rate * 1e6,
+        loss=options["loss"],
+    )
+    started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with _Errors():
+        start_lab(
+            wanted,
+            say=lambda line: click.echo(f"{time.monotonic() - started:6.2f} s  {line}", err=True),
+            dies_with_us=dies_with_us,
+        )
+
+
+class _Errors:
+    """Turn our errors into one line and an exit code."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if isinstance(error, (MeshError, OSError, ValueError)):
+            raise click.ClickException(str(error)) from error
+        if isinstance(error, KeyboardInterrupt):
+            click.echo("interrupted; everything that was started has been ended", err=True)
+            sys.exit(INTERRUPTED)

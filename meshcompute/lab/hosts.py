@@ -1,0 +1,221 @@
+"""Hosts of the lab: namespaces, files and processes of each.
+
+Covers making a host from its description and waiting until it answers. Does not cover the WAN, nor which hosts there
+are. Runs inside the lab's own namespaces, as the supervisor's part; nothing here has to be undone.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from meshcompute.lab.errors import LabStartError
+from meshcompute.lab.files import (
+    READY_FILE,
+    UPLINK,
+    PlacedFile,
+    desired_files,
+    render_init,
+    render_services,
+)
+from meshcompute.lab.topology import Host, Lab
+
+__all__ = ["RunningHost", "make_keys", "place", "start_host", "wait_until_ready"]
+
+READY_TIMEOUT_SECONDS = 30.0
+POLL_SECONDS = 0.01
+NOT_A_FILE_SYSTEM = frozenset(
+    {"autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs"}
+    | {"fusectl", "hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "ramfs", "rpc_pipefs", "securityfs", "squashfs"}
+    | {"sysfs", "tmpfs", "tracefs"}
+)
+HIDDEN = ("/proc", "/sys", "/dev", "/run", "/data", "/mnt", "/var/lib/docker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningHost:
+    """A host that runs: its process 1, as seen from the supervisor."""
+
+    host: Host
+    pid: int
+    unshare: subprocess.Popen[str]
+
+    @property
+    def root(self) -> Path:
+        """The host's root folder, as the supervisor reaches it."""
+        return Path(f"/proc/{self.pid}/root")
+
+
+def make_keys(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[str, str]]:
+    """Make a key pair for each name.
+
+    Parameters
+    ----------
+    folder
+        Folder in memory that nobody else sees.
+    names
+        What the keys are for.
+
+    Returns
+    -------
+    dict
+        Private and public key by name.
+    """
+    running = [
+        subprocess.Popen(
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"meshcompute lab {name}", "-f", str(folder / name)],
+            stdin=subprocess.DEVNULL,
+        )
+        for name in names
+    ]
+    for process in running:
+        process.wait()
+    return {name: ((folder / name).read_text(), (folder / f"{name}.pub").read_text()) for name in names}
+
+
+def place(upper: Path, file: PlacedFile) -> None:
+    """Write a file into the upper layer of a host's root.
+
+    Folders above it look as the machine's do; where the machine has none, or ``is_ours`` says so for the last one,
+    the folder is the file's owner's, and hides the machine's.
+    """
+    made = upper
+    parents = Path(file.path).parts[1:-1]
+    for i, part in enumerate(parents):
+        made /= part
+        if made.exists():
+            continue
+        made.mkdir()
+        original = Path("/", *parents[: i + 1])
+        if original.is_dir() and not (file.is_ours and i == len(parents) - 1):
+            status = original.stat()
+            made.chmod(status.st_mode & 0o7777)
+            os.chown(made, status.st_uid, status.st_gid)
+        else:
+            made.chmod(0o755)
+            os.chown(made, file.uid, file.gid)
+            os.setxattr(made, "trusted.overlay.opaque", b"y")
+    target = upper / file.path.lstrip("/")
+    target.touch(mode=0o600)
+    target.write_text(file.text)
+    target.chmod(file.mode)
+    os.chown(target, file.uid, file.gid)
+
+
+def start_host(
+    lab: Lab, host: Host, *, folder: Path, host_keys: dict[str, tuple[str, str]], user_key: tuple[str, str], device: str
+) -> RunningHost:
+    """Start a host, and give it its uplink.
+
+    Parameters
+    ----------
+    lab
+        The lab.
+    host
+        Which of its hosts.
+    folder
+        An empty folder on the lab's tmpfs.
+    host_keys, user_key
+        Keys of hosts and of the client's user.
+    device
+        TUN device of this network namespace that becomes the host's uplink.
+
+    Returns
+    -------
+    RunningHost
+        The host, whose services may not be there yet.
+
+    Raises
+    ------
+    LabStartError
+        A command failed.
+    """
+    machine = {name: Path("/etc", name).read_text() for name in ("passwd", "shadow", "group")}
+    upper = folder / "upper"
+    upper.mkdir(parents=True, mode=0o755)
+    files = desired_files(lab, host, machine=machine, host_keys=host_keys, user_key=user_key)
+    for file in (*files, PlacedFile(path="/etc/lab/services", text=render_services(lab, host))):
+        place(upper, file)
+    script = folder / "init"
+    script.write_text(render_init(lab, host, folder=str(folder), mounts=_other_mounts()))
+    unshare = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--propagation", "private", "--fork"]
+    environment = {"PATH": lab.path, "LANG": "C.UTF-8", "HOME": "/root"}
+    with (folder / "init.log").open("w") as log:
+        process = subprocess.Popen(
+            [*unshare, "--kill-child", "--", "sh", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=environment,
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if process.stdout.readline() != "created\n":
+        raise LabStartError(f"host {host.name}", "could not make its namespaces", _text(folder / "init.log"))
+    # unshare itself is in the host's network namespace, too.
+    moved = subprocess.run(
+        ["ip", "link", "set", device, "netns", str(process.pid), "name", UPLINK],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if moved.returncode != 0:
+        raise LabStartError(f"host {host.name}", "did not get its uplink", moved.stderr.strip())
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.stdin.write("go\n")
+    process.stdin.close()
+    return RunningHost(host=host, pid=int(children[0]), unshare=process)
+
+
+def wait_until_ready(running: RunningHost, folder: Path) -> None:
+    """Wait until a host's sshd listens.
+
+    Raises
+    ------
+    LabStartError
+        The host ended, or the time was up.
+    """
+    deadline = time.monotonic() + READY_TIMEOUT_SECONDS
+    part = f"host {running.host.name}"
+    while True:
+        try:
+            if (running.root / READY_FILE.lstrip("/")).exists():
+                return
+        except OSError:  # it has just ended
+            pass
+        code = running.unshare.poll()
+        if code is not None:
+            raise LabStartError(part, f"ended with exit code {code}", _text(folder / "init.log"))
+        if time.monotonic() > deadline:
+            log = _text(folder / "init.log") + _text(running.root / "var/log/lab/sshd.log")
+            raise LabStartError(part, f"was not ready after {READY_TIMEOUT_SECONDS:g} s", log)
+        time.sleep(POLL_SECONDS)
+
+
+def _other_mounts() -> tuple[str, ...]:
+    """List the machine's file systems besides its root, which an overlay of the root does not show."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, after = line.split(" - ", 1)
+        mount, kind = before.split()[4], after.split()[0]
+        is_hidden = any(mount == hidden or mount.startswith(hidden + "/") for hidden in HIDDEN)
+        if (
+            mount != "/"
+            and not is_hidden
+            and kind not in NOT_A_FILE_SYSTEM
+            and Path(mount).is_dir()
+            and "\\" not in mount
+        ):
+            found.append(mount)
+    return tuple(dict.fromkeys(found))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
