@@ -340,10 +340,24 @@ class PlannedExpression:
 
 
 def find_scheduler(scheduler_id: str) -> Any:
-    """Find a scheduler of this process by its id, None if there is none."""
-    from distributed import Scheduler
+    """Find a scheduler of this process.
 
-    return next((s for s in list(Scheduler._instances) if s.id == scheduler_id), None)
+    Parameters
+    ----------
+    scheduler_id
+        Its id.
+
+    Returns
+    -------
+    Scheduler or None
+        The one with this id, or else the only one that runs here: a client does not know the id yet that sends a graph
+        before it is connected, or while its scheduler is started again.
+    """
+    from distributed import Scheduler
+    from distributed.core import Status
+
+    running = [s for s in list(Scheduler._instances) if s.status is Status.running]
+    return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
 def install_guard(scheduler: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +12,10 @@ import dask.bag as db
 import numpy as np
 import pytest
 from dask import delayed
-from distributed import get_worker
+from distributed import Client, get_worker
 
 from meshcompute.clients import pool, propagate_pools
+from meshcompute.scheduling import Guard
 
 
 @pytest.fixture(params=["guard only", "propagate_pools"], autouse=True)
@@ -58,3 +60,18 @@ def test_a_delayed_call_in_one_pool_takes_an_array_of_another() -> None:
 def test_a_delayed_call_takes_an_array_that_went_from_pool_to_pool() -> None:
     moved = checked_in(checked_in(da.ones(8, chunks=4), "a"), "b")
     assert delayed(np.sum)(moved).compute() == 8
+
+
+def test_a_graph_that_is_sent_before_the_client_is_connected_is_guarded(start_sites: Any) -> None:
+    mesh = start_sites(workers_per_site=1, isolated=False).mesh
+
+    async def compute() -> Any:
+        client = Client(mesh.scheduler_address, asynchronous=True, set_as_default=False)
+        total = client.compute(checked_in(da.ones(4, chunks=2), "a").sum())
+        assert client.status != "running"
+        async with client:
+            return await total, await client.run_on_scheduler(lambda dask_scheduler: list(dask_scheduler.plugins))
+
+    total, plugins = asyncio.run(compute())
+    assert total == 4
+    assert Guard.name in plugins
