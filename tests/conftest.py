@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -97,7 +98,7 @@ def dot(need: Callable[..., None]) -> str:
 
 def _start(
     stack: ExitStack, folder: Path, *, pools: tuple[str, ...] = ("a", "b"), isolated: bool = True, **options: Any
-) -> Sites:
+) -> EmbeddedMesh:
     stores = {pool: folder / pool for pool in pools}
     for store in stores.values():
         store.mkdir()
@@ -108,7 +109,15 @@ def _start(
         if os.environ.get("CI") == "true":
             pytest.fail(message)
         pytest.skip(message)
-    return Sites(mesh=mesh, client=mesh.client())
+    return mesh
+
+
+@pytest.fixture
+def can_be_interrupted() -> Iterator[None]:
+    """Processes that this test starts heed Ctrl-C, also where the whole run ignores it (as background jobs do)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +126,25 @@ def start_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[.
     with ExitStack() as stack:
 
         def start_sites(**options: Any) -> Sites:
-            return _start(stack, tmp_path_factory.mktemp("sites"), **options)
+            mesh = _start(stack, tmp_path_factory.mktemp("sites"), **options)
+            return Sites(mesh=mesh, client=mesh.client())
 
         yield start_sites
 
 
 @pytest.fixture(scope="session")
-def _shared_sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sites]:
+def _shared_mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedMesh]:
     with ExitStack() as stack:
         yield _start(stack, tmp_path_factory.mktemp("sites"))
 
 
 @pytest.fixture(scope="module")
-def sites(_shared_sites: Sites) -> Iterator[Sites]:
+def sites(_shared_mesh: EmbeddedMesh) -> Iterator[Sites]:
     """Pools a and b, two workers with two threads each, isolated folders; every test file gets a client of its own.
 
     The processes are shared by the whole run, so whoever kills a worker uses ``start_sites``.
     """
-    mesh = _shared_sites.mesh
+    mesh = _shared_mesh
     with Client(mesh.scheduler_address) as client:
         yield Sites(mesh=mesh, client=client)
     for name, pid in mesh.pids.items():

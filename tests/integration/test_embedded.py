@@ -143,6 +143,7 @@ def test_a_folder_that_does_not_exist_is_named_before_anything_starts(tmp_path):
         mesh.start()
 
 
+@pytest.mark.usefixtures("can_be_interrupted")
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_outlives_the_process_that_started_it(tmp_path, by):
     (tmp_path / "x").mkdir()

@@ -84,7 +84,7 @@ def test_progress_is_reported_in_levels(tmp_path):
 def test_memory_does_not_grow_with_the_file(tmp_path):
     tracemalloc.start()
     try:
-        nbytes = sampledata.write_predictions(str(tmp_path / "p.nc"), 0.2)
+        nbytes = sampledata.write_predictions(str(tmp_path / "p.nc"), 0.1)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
