@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """The account that a cluster belongs to, and that its workers run as."""
+    """An account: the one that a cluster belongs to, or the one that its workers run as."""
 
     uid: int
     gid: int
@@ -51,6 +51,7 @@ class ClusterRecord:
 
     cluster_id: str
     owner: Owner
+    run_as: Owner
     spec: ClusterSpec
     lease: Lease
     boot_id: str

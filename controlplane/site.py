@@ -1,0 +1,292 @@
+"""What a client can ask of a site, and what the loop must know: the one place where records change.
+
+Covers PUT, GET, renewal, DELETE and logs of clusters, and the end of leases. Does not cover HTTP
+(:mod:`controlplane.api`) nor doing anything on the machine (:mod:`controlplane.loop`). Every change is on disk before
+anything is done for it, and nothing here waits between reading and writing a record, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from controlplane.admission import check_caller, check_spec, choose_port, find_record, visible_records
+from controlplane.clock import Clock
+from controlplane.config import SiteConfig
+from controlplane.desired import DesiredCluster, desired_cluster
+from controlplane.errors import ConflictError, NotFoundError
+from controlplane.identity import Caller
+from controlplane.leases import Tombstone, check_epoch, grant
+from controlplane.loop import Loop
+from controlplane.state import ClusterRecord, Owner, Store
+from controlplane.status import status_of
+from controlplane.workers.base import WorkerRuntime
+from meshcompute.protocol import ClusterSpec, ClusterStatus
+
+__all__ = ["Site"]
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 2.0  # how long an answer may wait for the machine, so that it can already hold the public key
+MAX_LOG_LINES = 10_000
+
+
+class Site:
+    """The clusters of a site.
+
+    Parameters
+    ----------
+    config
+        What the operator decided.
+    store
+        Where records are kept.
+    clock
+        The time.
+    runtime
+        What runs the workers; here only their logs are read.
+    account
+        The account that all workers run as, if the operator named one.
+    taken_ports
+        Finds those of the site's UDP ports that other programs of this host have.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: SiteConfig,
+        store: Store,
+        clock: Clock,
+        runtime: WorkerRuntime,
+        account: Owner | None = None,
+        taken_ports: Callable[[tuple[int, int]], Collection[int]] = lambda _ports: (),
+    ) -> None:
+        self.config = config
+        self._store = store
+        self._clock = clock
+        self._runtime = runtime
+        self._account = account
+        self._taken_ports = taken_ports
+        self._records: dict[str, ClusterRecord] = {}
+        self._tombstones: dict[str, Tombstone] = {}
+        self._loop: Loop | None = None
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What was wrong with the state folder."""
+        return self._store.problems
+
+    def open(self) -> None:
+        """Read what there was before; leases of another boot are over."""
+        self._store.open()
+        self._records, self._tombstones = self._store.load(wall_now=self._clock.wall())
+        for record in list(self._records.values()):
+            if record.boot_id != self._clock.boot_id and not record.is_ended:
+                self._end(record, "the machine was started anew")
+        if self._records:
+            logger.info("adopt clusters n=%d", len(self._records))
+
+    def use(self, loop: Loop) -> None:
+        """Give it the loop that does the work."""
+        self._loop = loop
+
+    def end_all(self, reason: str) -> None:
+        """End every cluster, because the operator wants it."""
+        for record in list(self._records.values()):
+            if not record.is_ended:
+                self._end(record, reason)
+
+    # ------------------------------------------------------------------------------------------ what clients ask for
+
+    async def put(self, cluster_id: str, spec: ClusterSpec, caller: Caller) -> ClusterStatus:
+        """Set what a cluster should be, and renew its lease.
+
+        Parameters
+        ----------
+        cluster_id
+            The cluster, new or known.
+        spec
+            What it should be.
+        caller
+            Who asks.
+
+        Returns
+        -------
+        ClusterStatus
+            What is true soon afterwards; the rest follows by itself.
+        """
+        check_spec(
+            cluster_id,
+            spec,
+            caller,
+            config=self.config,
+            records=self._records.values(),
+            tombstone=self._tombstones.get(cluster_id),
+        )
+        now = self._clock.monotonic()
+        before = self._records.get(cluster_id)
+        record = ClusterRecord(
+            cluster_id=cluster_id,
+            owner=before.owner if before else _account_of(caller),
+            run_as=before.run_as if before else (self._account or _account_of(caller)),
+            spec=spec,
+            lease=grant(spec.lease_seconds, now),
+            boot_id=self._clock.boot_id,
+            listen_port=before.listen_port if before else self._choose_port(),
+            fingerprint_by_unit=before.fingerprint_by_unit if before else {},
+        )
+        self._save(record, is_renewal=before is not None and not before.is_ended and before.spec == spec)
+        if before is None:
+            logger.info("new cluster id=%s name=%s user=%s", cluster_id, spec.name, caller.user)
+        await self._wait_settled(cluster_id)
+        return self._status(cluster_id, record)
+
+    async def renew(self, cluster_id: str, epoch: int, caller: Caller) -> ClusterStatus:
+        """Renew a cluster's lease."""
+        record = self._find(cluster_id, caller)
+        if record.is_ended:
+            raise ConflictError(f"Cluster {cluster_id} has ended here ({record.end_reason}). Boot a new one.")
+        check_epoch(epoch, current=record.spec.epoch, tombstone=None)
+        if epoch > record.spec.epoch:
+            raise ConflictError(
+                f"Epoch {epoch} is newer than epoch {record.spec.epoch}, the last one that this site has. "
+                "PUT the desired state again."
+            )
+        record = replace(record, lease=record.lease.renewed(self._clock.monotonic()))
+        self._save(record, is_renewal=True)
+        return self._status(cluster_id, record)
+
+    async def delete(self, cluster_id: str, epoch: int, caller: Caller) -> ClusterStatus:
+        """End a cluster: everything of it is removed, and a late PUT does not bring it back."""
+        record = self._find(cluster_id, caller)
+        if not record.is_ended:
+            check_epoch(epoch, current=record.spec.epoch, tombstone=None)
+            self._end(record, f"user {caller.user} ended it", epoch=epoch)
+        elif epoch > self._tombstones[cluster_id].epoch:
+            self._bury(cluster_id, epoch)
+        await self._wait_settled(cluster_id)
+        return self._status(cluster_id, record)
+
+    async def get(self, cluster_id: str, caller: Caller) -> ClusterStatus:
+        """Look at one cluster, now."""
+        self._find(cluster_id, caller)
+        if self._loop is not None:
+            await self._loop.refresh([cluster_id])
+        return self._status(cluster_id, self._find(cluster_id, caller))
+
+    async def list_clusters(self, caller: Caller) -> list[ClusterStatus]:
+        """Look at all clusters of a caller, now."""
+        check_caller(caller, self.config.pool)
+        if self._loop is not None:
+            await self._loop.refresh([record.cluster_id for record in visible_records(caller, self._records.values())])
+        return [self._status(record.cluster_id, record) for record in visible_records(caller, self._records.values())]
+
+    async def logs(self, cluster_id: str, worker: str | None, lines: int, caller: Caller) -> str:
+        """Read the logs of a cluster's units, or of one unit or process."""
+        record = self._find(cluster_id, caller)
+        desired = desired_cluster(record, self.config, self._clock.monotonic())
+        wanted: list[tuple[str, str | None]] = []
+        for unit in desired.units:
+            if worker in {None, unit.name}:
+                wanted.append((unit.name, None))
+            elif worker in unit.process_names:
+                wanted.append((unit.name, worker))
+        if worker is not None and not wanted:
+            names = [name for unit in desired.units for name in unit.process_names]
+            raise NotFoundError(
+                f"Cluster {cluster_id} has no worker {worker!r} here. It has {', '.join(names) or 'none'}."
+            )
+        return "".join([await self._runtime.logs(unit, min(lines, MAX_LOG_LINES), process) for unit, process in wanted])
+
+    # ------------------------------------------------------------------------------------------ what the loop asks for
+
+    def cluster_ids(self) -> Collection[str]:
+        """All clusters with a record."""
+        return list(self._records)
+
+    def desired(self, cluster_id: str, now: float) -> DesiredCluster | None:
+        """What a cluster should be; None if it should be gone."""
+        record = self._records.get(cluster_id)
+        if record is None or record.is_ended or record.lease.is_expired(now):
+            return None
+        return desired_cluster(record, self.config, now)
+
+    def fingerprints(self, cluster_id: str) -> Mapping[str, str]:
+        """From which wish each unit was started."""
+        record = self._records.get(cluster_id)
+        return record.fingerprint_by_unit if record else {}
+
+    def note_start(self, cluster_id: str, fingerprint_by_unit: Mapping[str, str]) -> None:
+        """Remember what units are about to be started from."""
+        record = self._records[cluster_id]
+        known = {**record.fingerprint_by_unit, **fingerprint_by_unit}
+        if known != record.fingerprint_by_unit:
+            self._records[cluster_id] = replace(record, fingerprint_by_unit=known)
+            self._store.save(self._records[cluster_id])
+
+    def note_gone(self, cluster_id: str) -> None:
+        """Forget a cluster of which nothing is left; its tombstone stays."""
+        record = self._records.get(cluster_id)
+        if record is not None and record.is_ended:
+            self._store.forget(cluster_id)
+            del self._records[cluster_id]
+            logger.info("cluster is gone id=%s", cluster_id)
+
+    def end_expired(self, now: float) -> Collection[str]:
+        """End the clusters whose lease is over."""
+        expired = [record for record in self._records.values() if not record.is_ended and record.lease.is_expired(now)]
+        for record in expired:
+            self._end(record, "its lease ended, because nobody renewed it")
+        return [record.cluster_id for record in expired]
+
+    def next_deadline(self) -> float | None:
+        """When the next lease ends."""
+        return min((record.lease.deadline for record in self._records.values() if not record.is_ended), default=None)
+
+    # ---------------------------------------------------------------------------------------------------------- inside
+
+    def _choose_port(self) -> int | None:
+        if self.config.network == "loopback":
+            return None
+        ports = self.config.network_options.udp_ports
+        taken = {record.listen_port for record in self._records.values() if record.listen_port is not None}
+        return choose_port(ports, taken | set(self._taken_ports(ports)), self.config.pool)
+
+    def _find(self, cluster_id: str, caller: Caller) -> ClusterRecord:
+        check_caller(caller, self.config.pool)
+        return find_record(caller, self._records.get(cluster_id), cluster_id, self.config.pool)
+
+    def _save(self, record: ClusterRecord, *, is_renewal: bool = False) -> None:
+        self._store.save(record)
+        self._records[record.cluster_id] = record
+        if self._loop is not None:
+            self._loop.poke(record.cluster_id, is_changed=not is_renewal)
+
+    def _bury(self, cluster_id: str, epoch: int) -> None:
+        tombstone = Tombstone(cluster_id=cluster_id, epoch=epoch, buried_at=self._clock.wall())
+        self._store.bury(tombstone)
+        self._tombstones[cluster_id] = tombstone
+
+    def _end(self, record: ClusterRecord, reason: str, epoch: int = 0) -> None:
+        self._bury(record.cluster_id, max(epoch, record.spec.epoch))
+        self._save(replace(record, is_ended=True, end_reason=reason))
+        logger.info("end cluster id=%s reason=%s", record.cluster_id, reason)
+
+    async def _wait_settled(self, cluster_id: str) -> None:
+        if self._loop is not None:
+            await self._loop.wait_settled(cluster_id, ANSWER_SECONDS)
+
+    def _status(self, cluster_id: str, record: ClusterRecord) -> ClusterStatus:
+        current = self._records.get(cluster_id)
+        report = self._loop.report(cluster_id) if self._loop is not None else None
+        return status_of(
+            current or record,
+            self.config,
+            report,
+            is_gone=current is None,
+            now=self._clock.monotonic(),
+        )
+
+
+def _account_of(caller: Caller) -> Owner:
+    return Owner(uid=caller.uid, gid=caller.gid, user=caller.user, groups=caller.groups)
