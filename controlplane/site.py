@@ -181,6 +181,10 @@ class Site:
             await self._loop.refresh([record.cluster_id for record in visible_records(caller, self._records.values())])
         return [self._status(record.cluster_id, record) for record in visible_records(caller, self._records.values())]
 
+    def all_statuses(self) -> list[ClusterStatus]:
+        """Everybody's clusters as they were seen last, for monitoring."""
+        return [self._status(record.cluster_id, record) for record in self._records.values()]
+
     async def logs(self, cluster_id: str, worker: str | None, lines: int, caller: Caller) -> str:
         """Read the logs of a cluster's units, or of one unit or process."""
         record = self._find(cluster_id, caller)
