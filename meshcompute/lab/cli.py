@@ -64,10 +64,10 @@ def up(**options: Any) -> None:
 @click.option("--name", default="lab", show_default=True)
 def down(name: str) -> None:
     """End the lab; nothing stays."""
-    from meshcompute.lab.lab import stop_lab
+    from meshcompute.lab.running import RunningLab
 
     with _Errors():
-        stop_lab(name)
+        RunningLab(name).stop()
     click.echo("the lab is down")
 
 
@@ -75,19 +75,64 @@ def down(name: str) -> None:
 @click.option("--name", default="lab", show_default=True)
 def status(name: str) -> None:
     """Show the hosts, and each link with what has crossed it."""
-    from meshcompute.lab.lab import lab_status
+    from meshcompute.lab.running import RunningLab
 
     with _Errors():
-        found = lab_status(name)
+        found = RunningLab(name).status()
     click.echo(f"lab {name}: supervisor is process {found.supervisor_pid}")
     for host in found.lab.hosts:
-        click.echo(f"  {host.name:<10} {host.address!s:<10} process {found.pids.get(host.name, 'not yet')}")
-    for link in found.links:
-        rate = link["rate_bits_per_second"]
-        speed = "cut" if link["is_cut"] else f"{rate / 1e6:g} Mbit/s" if rate else "no limit"
-        shape = f"{speed}, {link['delay_seconds'] * 1e3:g} ms, loss {link['loss']:g}"
-        counted = f"{link['sent_packets']} packets, {link['sent_nbytes']} bytes; {link['dropped_packets']} dropped"
-        click.echo(f"  {link['from']:>10} → {link['to']:<10} {shape}: {counted}")
+        nat = f", {host.inner_address} behind NAT" if host.name in found.hosts_with_nat else ""
+        click.echo(f"  {host.name:<10} {host.address!s:<10} process {found.pids.get(host.name, 'not yet')}{nat}")
+    for link in found.links.values():
+        rate, counters = link.shape.rate_bits_per_second, link.counters
+        speed = "cut" if link.shape.is_cut else f"{rate / 1e6:g} Mbit/s" if rate else "no limit"
+        shape = f"{speed}, {link.shape.delay_seconds * 1e3:g} ms, loss {link.shape.loss:g}"
+        counted = f"{counters.sent_packets} packets, {counters.sent_nbytes} bytes; {counters.dropped_packets} dropped"
+        click.echo(f"  {link.source:>10} → {link.target:<10} {shape}: {counted}")
+
+
+@lab.command()
+@click.option("--name", default="lab", show_default=True)
+@click.option("--rate", type=float, metavar="MBIT", help="In Mbit/s; 0 is no limit.")
+@click.option("--delay", type=float, metavar="MS", help="One way, in ms.")
+@click.option("--loss", type=float, metavar="SHARE", help="Share of packets lost, 0 to 1.")
+@click.option("--cut/--join", default=None, help="Let nothing pass, or everything again.")
+@click.option("--nat/--no-nat", default=None, help="Put the hosts behind routers with NAT, or take them out.")
+@click.argument("hosts", nargs=-1)
+def wan(
+    *,
+    name: str,
+    rate: float | None,
+    delay: float | None,
+    loss: float | None,
+    cut: bool | None,
+    nat: bool | None,
+    hosts: tuple[str, ...],
+) -> None:
+    """Change the WAN while it runs.
+
+    With no HOSTS everywhere; with one between it and all others; with two between them, in both directions.
+    """
+    from meshcompute.lab.running import RunningLab
+
+    changes: dict[str, Any] = {}
+    if rate is not None:
+        changes["rate_bits_per_second"] = rate * 1e6 or None
+    if delay is not None:
+        changes["delay_seconds"] = delay / 1e3
+    if loss is not None:
+        changes["loss"] = loss
+    if cut is not None:
+        changes["is_cut"] = cut
+    with _Errors():
+        running = RunningLab(name)
+        if changes:
+            running.shape(running.pairs(*hosts), **changes)
+        if nat is not None:
+            if not hosts:
+                raise click.UsageError("Say which hosts stand behind NAT.")
+            for host in hosts:
+                running.set_nat(host, nat)
 
 
 @lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -97,14 +142,12 @@ def status(name: str) -> None:
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def execute(name: str, user: str, host: str, command: tuple[str, ...]) -> None:
     """Run COMMAND on HOST; its exit code is this one's."""
-    from meshcompute.lab.lab import lab_status, render_exec
+    from meshcompute.lab.running import RunningLab
 
     if command[0] == "--":
         command = command[1:]
     with _Errors():
-        arguments, environment = render_exec(
-            lab_status(name), host, command, user=user, environment=os.environ, folder=str(Path.cwd())
-        )
+        arguments, environment = RunningLab(name).command(host, command, user=user)
         os.execvpe(arguments[0], arguments, environment)  # noqa: S606 - the command is what was asked for
 
 
@@ -117,19 +160,16 @@ def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
 
     The current folder is shared with the client's host, so that what COMMAND writes there stays.
     """
-    from meshcompute.lab.lab import lab_status, render_exec, stop_lab
+    from meshcompute.lab.running import RunningLab
 
     if options["share"] is None and Path.cwd() != Path("/"):
         options["share"] = str(Path.cwd())
     _start(options, dies_with_us=True)
-    name = options["name"]
-    process = None
+    running = RunningLab(options["name"])
+    process: subprocess.Popen[Any] | None = None
     try:
         with _Errors():
-            arguments, environment = render_exec(
-                lab_status(name), "client", command, user=user, environment=os.environ, folder=str(Path.cwd())
-            )
-            process = subprocess.Popen(arguments, env=environment)
+            process = running.popen("client", *command, user=user)
             code = process.wait()
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
@@ -139,7 +179,7 @@ def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
                 process.wait(20)
     finally:
         with _Errors():
-            stop_lab(name)
+            running.stop()
         click.echo("the lab is down", err=True)
     sys.exit(code if code >= 0 else 128 - code)
 
@@ -147,7 +187,7 @@ def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
 def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     from dataclasses import replace
 
-    from meshcompute.lab.lab import find_account, start_lab
+    from meshcompute.lab.starting import find_account, start_lab
     from meshcompute.lab.topology import Lab, default_hosts
 
     data = dict(item.split("=", 1) for item in options["data"])

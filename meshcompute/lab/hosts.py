@@ -12,18 +12,19 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshcompute.lab.errors import LabStartError
+from meshcompute.lab.errors import LabError, LabStartError
 from meshcompute.lab.files import (
     READY_FILE,
     UPLINK,
     PlacedFile,
     desired_files,
+    render_addresses,
     render_init,
     render_services,
 )
 from meshcompute.lab.topology import Host, Lab
 
-__all__ = ["RunningHost", "make_keys", "place", "start_host", "wait_until_ready"]
+__all__ = ["RunningHost", "make_keys", "place", "set_addresses", "start_host", "wait_until_ready"]
 
 READY_TIMEOUT_SECONDS = 30.0
 POLL_SECONDS = 0.01
@@ -194,6 +195,15 @@ def wait_until_ready(running: RunningHost, folder: Path) -> None:
             log = _text(folder / "init.log") + _text(running.root / "var/log/lab/sshd.log")
             raise LabStartError(part, f"was not ready after {READY_TIMEOUT_SECONDS:g} s", log)
         time.sleep(POLL_SECONDS)
+
+
+def set_addresses(running: RunningHost, *, has_nat: bool) -> None:
+    """Give a running host the address that it has behind NAT, or on the WAN itself."""
+    script = "\n".join(("set -e", *render_addresses(running.host, has_nat=has_nat)))
+    enter = ["nsenter", f"--target={running.pid}", "--net", "--", "sh", "-c", script]
+    done = subprocess.run(enter, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise LabError(f"Host {running.host.name} did not get its other address: {done.stderr.strip()}")
 
 
 def _other_mounts() -> tuple[str, ...]:

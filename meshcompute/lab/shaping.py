@@ -111,6 +111,12 @@ class Direction:
         self.counters.delivered_nbytes += nbytes
         return True
 
+    def refuse(self, nbytes: int) -> None:
+        """Count a packet that was sent and does not even get on its way."""
+        self.counters.sent_packets += 1
+        self.counters.sent_nbytes += nbytes
+        self.drop(nbytes)
+
     def drop(self, nbytes: int) -> None:
         """Count a packet that will never arrive."""
         self.counters.dropped_packets += 1

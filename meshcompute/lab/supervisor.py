@@ -1,6 +1,6 @@
 """The process that is the lab: it starts the hosts, moves their packets and answers on a control socket.
 
-Covers the life of a lab from its first process to its last. Does not cover who starts it (``lab``): it expects
+Covers the life of a lab from its first process to its last. Does not cover who starts it (``starting``): it expects
 namespaces of its own, in which it is a child of process 1, and an open socket that listens.
 
 Protocol: one JSON object per connection and direction, ended by a line end. ``status`` is answered with process file
@@ -13,13 +13,13 @@ import argparse
 import array
 import json
 import os
+import random
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +28,10 @@ from pathlib import Path
 from typing import Any
 
 from meshcompute.lab.errors import LabError
-from meshcompute.lab.hosts import RunningHost, make_keys, start_host, wait_until_ready
+from meshcompute.lab.hosts import RunningHost, make_keys, set_addresses, start_host, wait_until_ready
+from meshcompute.lab.nat import Nat
 from meshcompute.lab.shaping import Shape
-from meshcompute.lab.topology import Lab
+from meshcompute.lab.topology import CONTROL_NETWORK, Host, Lab
 from meshcompute.lab.wan import Wan, open_tun
 
 __all__ = ["Supervisor", "main"]
@@ -61,7 +62,11 @@ class Supervisor:
         devices = {host.name: open_tun(f"wan{number}") for number, host in enumerate(lab.hosts)}
         self._device_names = {host.name: f"wan{number}" for number, host in enumerate(lab.hosts)}
         shape = Shape(rate_bits_per_second=lab.rate_bits_per_second, delay_seconds=lab.delay_seconds, loss=lab.loss)
-        self.wan = Wan(devices, {host.name: host.address.packed for host in lab.hosts}, shape)
+        addresses = {host.name: host.address.packed for host in lab.hosts}
+        self.wan = Wan(devices, addresses, shape, CONTROL_NETWORK[1].packed)
+        for host in lab.hosts:
+            if host.has_nat:
+                self._add_nat(host)
 
     def run(self) -> None:
         """Start everything, and serve until somebody ends it."""
@@ -126,28 +131,63 @@ class Supervisor:
             case "status":
                 hosts = dict(self.hosts)
                 fds = [os.pidfd_open(1), os.pidfd_open(os.getpid()), *(os.pidfd_open(h.pid) for h in hosts.values())]
-                return {"lab": self.lab.to_json(), "hosts": list(hosts), "links": self._links()}, fds
-            case "shape":
-                now = time.monotonic()
-                for pair in request["pairs"]:
-                    direction = self.wan.directions[pair[0], pair[1]]
-                    direction.reshape(replace(direction.shape, **request["changes"]), now)
+                return {
+                    "lab": self.lab.to_json(),
+                    "hosts": list(hosts),
+                    "links": self._links(),
+                    "nats": sorted(self.wan.nats),
+                }, fds
+            case "links":
                 return {"links": self._links()}, ()
+            case "shape":
+                self._reshape(request["pairs"], request["changes"])
+                return {"links": self._links()}, ()
+            case "nat":
+                self._set_nat(request["host"], request["has_nat"])
+                return {}, ()
+            case "capture":
+                if request["path"] is None:
+                    self.wan.stop_capture()
+                else:
+                    self.wan.start_capture(request["path"])
+                return {}, ()
             case "down":
                 self.wan.stop()
                 return {}, ()
             case unknown:
                 raise LabError(f"The lab does not know the request {unknown!r}.")
 
+    def _reshape(self, pairs: Sequence[Sequence[str]], changes: Mapping[str, Any]) -> None:
+        shapes = {}
+        for source, target in pairs:
+            if (source, target) not in self.wan.directions:
+                raise LabError(f"The lab has no link from {source!r} to {target!r}. Hosts: {', '.join(self.hosts)}.")
+            shapes[source, target] = replace(self.wan.directions[source, target].shape, **changes)
+        for (source, target), shape in shapes.items():  # all or none
+            self.wan.reshape(source, target, shape)
+
+    def _set_nat(self, name: str, has_nat: bool) -> None:
+        if name not in self.hosts:
+            raise LabError(f"The lab has no host {name!r}. Hosts: {', '.join(self.hosts)}.")
+        running = self.hosts[name]
+        set_addresses(running, has_nat=has_nat)
+        if has_nat:
+            self._add_nat(running.host)
+        else:
+            self.wan.nats.pop(name, None)
+
+    def _add_nat(self, host: Host) -> None:
+        self.wan.nats[host.name] = Nat(host.address.packed, host.inner_address.packed, random.randint)
+
     def _links(self) -> list[dict[str, Any]]:
         return [
-            {"from": source, "to": target, **asdict(direction.shape), **asdict(direction.counters)}
+            {"from": source, "to": target, "shape": asdict(direction.shape), "counters": asdict(direction.counters)}
             for (source, target), direction in self.wan.directions.items()
         ]
 
 
 def main() -> None:
-    """Run a lab; the command line is for :mod:`meshcompute.lab.lab` only."""
+    """Run a lab; the command line is for :mod:`meshcompute.lab.starting` only."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--listen-fd", type=int, required=True)
     parser.add_argument("--progress-fd", type=int, required=True)
