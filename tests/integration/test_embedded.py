@@ -148,8 +148,9 @@ def test_a_folder_that_does_not_exist_is_named_before_anything_starts(tmp_path):
 def test_nothing_outlives_the_process_that_started_it(tmp_path, by):
     (tmp_path / "x").mkdir()
     script = (
-        "import sys, threading\n"
+        "import signal, sys, threading\n"
         "from meshcompute.embedded import EmbeddedMesh\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in what a script starts with &
         "with EmbeddedMesh({'x': sys.argv[1]}, workers_per_site=2) as mesh:\n"
         "    print(*mesh.pids.values(), flush=True)\n"
         "    threading.Event().wait()\n"
@@ -157,10 +158,14 @@ def test_nothing_outlives_the_process_that_started_it(tmp_path, by):
     with subprocess.Popen(
         [sys.executable, "-c", script, tmp_path / "x"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as owner:
-        pids = [int(word) for word in owner.stdout.readline().split()]
-        assert len(pids) == 3
-        assert all(map(_running, pids))
-        owner.send_signal(by)
+        try:
+            pids = [int(word) for word in owner.stdout.readline().split()]
+            assert len(pids) == 3
+            assert all(map(_running, pids))
+            owner.send_signal(by)
+            owner.wait(timeout=60)
+        finally:
+            owner.kill()
     _wait_until_ended(pids)
 
 
