@@ -6,7 +6,7 @@ found when it is used, and told in the cluster's conditions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from controlplane.config import SiteConfig
 from controlplane.errors import ConflictError, ForbiddenError, InvalidSpecError, NotFoundError, QuotaError
@@ -209,15 +209,15 @@ def _check_scheduler(scheduler: SchedulerRequest, others: Iterable[ClusterRecord
     _check_image(scheduler.image, config)
 
 
-def choose_port(ports: tuple[int, int], taken: Collection[int], pool: str) -> int:
+def choose_port(ports: tuple[int, int], is_taken: Callable[[int], bool], pool: str) -> int:
     """Choose a UDP port for a new cluster's gateway.
 
     Parameters
     ----------
     ports
         First and last of the site's range.
-    taken
-        Ports that other clusters, or other programs of this host, have.
+    is_taken
+        Whether another cluster, or another program of this host, has a port.
     pool
         The site's name, for the message.
 
@@ -232,7 +232,7 @@ def choose_port(ports: tuple[int, int], taken: Collection[int], pool: str) -> in
         If there is none.
     """
     for port in range(ports[0], ports[1] + 1):
-        if port not in taken:
+        if not is_taken(port):
             return port
     raise QuotaError(
         f"All UDP ports from {ports[0]} to {ports[1]} of site {pool} are taken, one for each cluster. Try again when a "

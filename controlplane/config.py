@@ -37,13 +37,22 @@ default::
     endpoints = []                      # hosts (name or address) at which other sites can reach this one
     udp_ports = [51820, 51899]          # first and last; one for each cluster at once
     wireguard = "auto"                  # "kernel", "userspace", or the first of them that works
+
+    [docker]                            # of runtime = "docker" only
+    engine = "unix:///var/run/docker.sock"
+
+    [process]                           # of runtime = "process" only
+    python = ""                         # interpreter of Dask's processes; the daemon's own
+    views = {}                          # path at which workers see a folder = where it really is
+    hidden_folders = []                 # what workers see as empty folders
+    environment = {}                    # further variables of Dask's processes; nothing secret
 """
 
 from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +64,7 @@ __all__ = [
     "AccessConfig",
     "LimitsConfig",
     "NetworkOptions",
+    "ProcessConfig",
     "SiteConfig",
     "WorkersConfig",
     "parse_config",
@@ -62,10 +72,12 @@ __all__ = [
 ]
 
 DEFAULT_STATE_FOLDER = "/var/lib/meshcompute"
+DEFAULT_ENGINE = "unix:///var/run/docker.sock"
 EVERYBODY = "*"
 _POOL = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")  # goes into the names of containers and of workers
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 _ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]{0,63}\$?")
+_ENGINE = re.compile(r"unix:///[^\0]+")  # an engine over TCP would have other folders, and no namespaces for links
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}|[0-9A-Fa-f:]{2,45}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -123,6 +135,16 @@ class NetworkOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessConfig:
+    """How workers run that are plain processes of this host."""
+
+    python: str = ""
+    views: Mapping[str, str] = field(default_factory=dict)
+    hidden_folders: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SiteConfig:
     """A whole ``site.toml``."""
 
@@ -136,6 +158,8 @@ class SiteConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     network_options: NetworkOptions = field(default_factory=NetworkOptions)
+    process: ProcessConfig = field(default_factory=ProcessConfig)
+    engine_url: str = DEFAULT_ENGINE
 
 
 class _Table:
@@ -225,10 +249,23 @@ class _Table:
                 raise self.error(key, f"{value!r} is not an absolute path of a folder without . and .. in it")
         return tuple(values)
 
+    def mapping(self, key: str, is_right: Callable[[object], bool], what: str) -> Mapping[str, str]:
+        values = self._take(key, {})
+        if not isinstance(values, dict):
+            raise self.error(key, f'{values!r} is no table like {{ key = "value" }}')
+        for name, value in values.items():
+            if not is_right(name) or not is_right(value):
+                raise self.error(key, f"{name!r} = {value!r}: both must be {what}")
+        return dict(values)
+
     def finish(self) -> None:
         unknown = sorted(set(self._values) - self._known)
         if unknown:
             raise self.error(unknown[0], f"nobody knows this key; known here: {', '.join(sorted(self._known))}")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and "\0" not in value
 
 
 def _is_plain_path(value: object) -> bool:
@@ -258,7 +295,8 @@ def parse_config(values: Mapping[str, Any], source: str = "site.toml") -> SiteCo
         For the first value that is wrong, with the name of its key, or for a key that nobody knows.
     """
     top = _Table(source, "", dict(values))
-    access, limits, workers, network = (top.table(name) for name in ("access", "limits", "workers", "network_options"))
+    names = ("access", "limits", "workers", "network_options", "docker", "process")
+    access, limits, workers, network, docker, process = (top.table(name) for name in names)
     account = "the name of an account or a group"
     image = "the name of an image, like 'meshcompute-worker:latest'"
     users = access.texts("users", re.compile(rf"\*|{_ACCOUNT.pattern}"), f"{account}, or '*' for everybody")
@@ -296,8 +334,15 @@ def parse_config(values: Mapping[str, Any], source: str = "site.toml") -> SiteCo
             udp_ports=network.ports("udp_ports", (51820, 51899)),
             wireguard=network.choice("wireguard", "auto", ("auto", "kernel", "userspace")),
         ),
+        engine_url=docker.text("engine", DEFAULT_ENGINE, _ENGINE, "a unix socket like 'unix:///var/run/docker.sock'"),
+        process=ProcessConfig(
+            python=process.text("python", "", re.compile(r"/[^\0]+"), "an absolute path of an interpreter", empty=True),
+            views=process.mapping("views", _is_plain_path, "absolute paths without . and .. in them"),
+            hidden_folders=process.paths("hidden_folders"),
+            environment=process.mapping("environment", _is_text, "texts"),
+        ),
     )
-    for table in (top, access, limits, workers, network):
+    for table in (top, access, limits, workers, network, docker, process):
         table.finish()
     _check_together(config, top, workers)
     return config

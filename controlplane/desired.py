@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv6Network
 
 from controlplane.config import SiteConfig
+from controlplane.network.base import WorkerLink
 from controlplane.network.topology import (
     FIRST_WORKER_NODE,
     GATEWAY_NODE,
@@ -45,6 +46,7 @@ class DesiredCluster:
     gateway: GatewayConfig
     units: tuple[WorkerSpec, ...]
     deadline: float
+    link: WorkerLink = "veth"
 
 
 def desired_cluster(record: ClusterRecord, config: SiteConfig, now: float) -> DesiredCluster:
@@ -82,7 +84,11 @@ def desired_cluster(record: ClusterRecord, config: SiteConfig, now: float) -> De
         node=ROUTER_NODE if spec.role == "scheduler" else GATEWAY_NODE,
     )
     return DesiredCluster(
-        cluster_id=record.cluster_id, gateway=gateway, units=tuple(units), deadline=record.lease.deadline
+        cluster_id=record.cluster_id,
+        gateway=gateway,
+        units=tuple(units),
+        deadline=record.lease.deadline,
+        link=spec.workers.link if spec.workers is not None else "veth",
     )
 
 

@@ -11,13 +11,13 @@ import asyncio
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv6Address
 from typing import Protocol
 
 from controlplane.clock import Clock
 from controlplane.desired import DesiredCluster, fingerprint_of
 from controlplane.errors import RuntimeUnknownError, SiteError
-from controlplane.network.topology import GatewayConfig, GatewayState
+from controlplane.network.base import DataPlane
+from controlplane.network.topology import GatewayState
 from controlplane.reconcile import (
     AttachUnit,
     DetachUnit,
@@ -26,6 +26,7 @@ from controlplane.reconcile import (
     Memory,
     Observed,
     RemoveGateway,
+    RenewGateway,
     RenewUnit,
     StartUnit,
     Step,
@@ -37,7 +38,7 @@ from controlplane.reconcile import (
 from controlplane.workers.base import WorkerRuntime, WorkerState
 from controlplane.workqueue import WorkQueue
 
-__all__ = ["DataPlane", "Loop", "Problem", "Report", "Wishes"]
+__all__ = ["Loop", "Problem", "Report", "Wishes"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +47,6 @@ SETTLING_SECONDS = 0.2  # ... while units are starting
 SWEEP_SECONDS = 60.0
 STOP_GRACE_SECONDS = 3.0  # a worker that has nothing to save; Dask's own handlers take less than one
 STEADY_SECONDS = 60.0  # a unit that has run so long starts without delay when it exits
-
-
-class DataPlane(Protocol):
-    """What the loop needs of a data plane; ``controlplane.network`` has the implementations."""
-
-    async def observe(self) -> dict[str, GatewayState]: ...
-
-    async def ensure(self, config: GatewayConfig) -> GatewayState: ...
-
-    async def attach(self, cluster_id: str, *, netns: str, address: IPv6Address, interface: str = "mesh0") -> None: ...
-
-    async def detach(self, cluster_id: str, address: IPv6Address) -> None: ...
-
-    async def remove(self, cluster_id: str) -> None: ...
-
-    async def sweep(self, keep: set[str]) -> None: ...
 
 
 class Wishes(Protocol):
@@ -338,9 +323,9 @@ class Loop:
                     _log_failure(str(step), result)
                 elif isinstance(result, BaseException):
                     raise result
-                elif not isinstance(step, RenewUnit | EnsureGateway):
+                elif not isinstance(step, RenewUnit | RenewGateway | EnsureGateway):
                     logger.info("done step=%s cluster=%s", step, cluster_id)
-            if problems and not is_removal and not isinstance(stage[0], RenewUnit):
+            if problems and not is_removal and not isinstance(stage[0], RenewUnit | RenewGateway):
                 break  # what comes later rests on this; a removal goes as far as it can
         return problems
 
@@ -355,6 +340,9 @@ class Loop:
                 seen.memory = replace(
                     seen.memory, gateway=step.config, gateway_deadline=deadline, public_key=state.public_key
                 )
+            case RenewGateway():
+                await self._plane.renew(step.cluster_id, max(0.0, step.deadline - now))
+                seen.memory = replace(seen.memory, gateway_deadline=step.deadline)
             case StartUnit():
                 name = step.spec.name
                 starts = memory.starts_by_unit.get(name, (0, 0.0))[0]
@@ -363,7 +351,7 @@ class Loop:
                 deadline = now + step.spec.deadline_seconds
                 seen.memory = replace(seen.memory, deadline_by_unit={**seen.memory.deadline_by_unit, name: deadline})
             case AttachUnit():
-                await self._plane.attach(step.cluster_id, netns=step.netns, address=step.address)
+                await self._plane.attach(step.cluster_id, netns=step.netns, address=step.address, link=step.link)
                 link = {step.name: (step.netns, step.address)}
                 seen.memory = replace(seen.memory, link_by_unit={**seen.memory.link_by_unit, **link})
             case RenewUnit():
@@ -386,6 +374,7 @@ class Loop:
 
 _KIND_OF_STEP: Mapping[type, str] = {
     EnsureGateway: "gateway",
+    RenewGateway: "gateway",
     RemoveGateway: "gateway",
     Forget: "gateway",
     StartUnit: "workers",

@@ -13,6 +13,7 @@ from ipaddress import IPv6Address
 from itertools import groupby
 
 from controlplane.desired import DesiredCluster, fingerprint_of
+from controlplane.network.base import WorkerLink
 from controlplane.network.topology import GatewayConfig, GatewayState
 from controlplane.workers.base import WorkerSpec, WorkerState
 
@@ -24,6 +25,7 @@ __all__ = [
     "Memory",
     "Observed",
     "RemoveGateway",
+    "RenewGateway",
     "RenewUnit",
     "StartUnit",
     "Step",
@@ -41,12 +43,23 @@ RETRY_MAX_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnsureGateway:
-    """Make the gateway what it should be; also renews its deadline."""
+    """Make the gateway what it should be; that also moves its deadline."""
 
     config: GatewayConfig
 
     def __str__(self) -> str:
         return f"ensure gateway of {self.config.cluster_id[:8]} with {len(self.config.peers)} peers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenewGateway:
+    """Move the gateway's own deadline."""
+
+    cluster_id: str
+    deadline: float
+
+    def __str__(self) -> str:
+        return f"renew gateway of {self.cluster_id[:8]}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +80,7 @@ class AttachUnit:
     name: str
     netns: str
     address: IPv6Address
+    link: WorkerLink = "veth"
 
     def __str__(self) -> str:
         return f"attach {self.name} as {self.address}"
@@ -125,7 +139,9 @@ class Forget:
         return f"forget {self.cluster_id[:8]}"
 
 
-Step = EnsureGateway | StartUnit | AttachUnit | RenewUnit | StopUnit | DetachUnit | RemoveGateway | Forget
+Step = (
+    EnsureGateway | RenewGateway | StartUnit | AttachUnit | RenewUnit | StopUnit | DetachUnit | RemoveGateway | Forget
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,6 +203,8 @@ def plan_cluster(
     steps: list[Step] = []
     if _needs_gateway(desired, observed.gateway, memory):
         steps.append(EnsureGateway(config=desired.gateway))
+    elif desired.deadline - memory.gateway_deadline > RENEW_SLACK_SECONDS:
+        steps.append(RenewGateway(cluster_id=cluster_id, deadline=desired.deadline))
     if observed.units is None:
         return tuple(steps)  # nobody knows what runs: starting or stopping anything would be a guess
     wanted = {unit.name: unit for unit in desired.units}
@@ -215,7 +233,7 @@ def plan_cluster(
         and now >= _next_start(memory, name)
     ]
     links = [
-        AttachUnit(cluster_id=cluster_id, name=name, netns=state.netns, address=address)
+        AttachUnit(cluster_id=cluster_id, name=name, netns=state.netns, address=address, link=desired.link)
         for name, state in sorted(observed.units.items())
         if name in wanted and name not in outdated and state.state != "exited"
         if state.netns is not None and (address := wanted[name].address) is not None
@@ -246,8 +264,6 @@ def _needs_gateway(desired: DesiredCluster, state: GatewayState | None, memory: 
     if state is None or memory.gateway is None:
         return True
     if _without_deadline(memory.gateway) != _without_deadline(desired.gateway):
-        return True
-    if desired.deadline - memory.gateway_deadline > RENEW_SLACK_SECONDS:
         return True
     return memory.public_key is not None and (
         state.public_key != memory.public_key

@@ -47,8 +47,8 @@ class Site:
         What runs the workers; here only their logs are read.
     account
         The account that all workers run as, if the operator named one.
-    taken_ports
-        Finds those of the site's UDP ports that other programs of this host have.
+    is_port_taken
+        Whether another program of this host has a UDP port.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Site:
         clock: Clock,
         runtime: WorkerRuntime,
         account: Owner | None = None,
-        taken_ports: Callable[[tuple[int, int]], Collection[int]] = lambda _ports: (),
+        is_port_taken: Callable[[int], bool] = lambda _port: False,
     ) -> None:
         self.config = config
         self._store = store
         self._clock = clock
         self._runtime = runtime
         self._account = account
-        self._taken_ports = taken_ports
+        self._is_port_taken = is_port_taken
         self._records: dict[str, ClusterRecord] = {}
         self._tombstones: dict[str, Tombstone] = {}
         self._loop: Loop | None = None
@@ -252,9 +252,12 @@ class Site:
     def _choose_port(self) -> int | None:
         if self.config.network == "loopback":
             return None
-        ports = self.config.network_options.udp_ports
-        taken = {record.listen_port for record in self._records.values() if record.listen_port is not None}
-        return choose_port(ports, taken | set(self._taken_ports(ports)), self.config.pool)
+        ours = {record.listen_port for record in self._records.values()}
+        return choose_port(
+            self.config.network_options.udp_ports,
+            lambda port: port in ours or self._is_port_taken(port),
+            self.config.pool,
+        )
 
     def _find(self, cluster_id: str, caller: Caller) -> ClusterRecord:
         check_caller(caller, self.config.pool)

@@ -94,8 +94,9 @@ class Store:
             If that is not possible.
         """
         try:
-            for folder in (self._folder, self._clusters, self._tombstones):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o711, parents=True, exist_ok=True)  # workers of others pass through it
+            for folder in (self._clusters, self._tombstones):
+                folder.mkdir(mode=0o700, exist_ok=True)
             for leftover in (*self._clusters.glob(".*.new"), *self._tombstones.glob(".*.new")):
                 leftover.unlink()
         except OSError as exc:

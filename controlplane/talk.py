@@ -1,0 +1,166 @@
+"""Talk to the daemon from its own host: ``meshcompute-site ping`` and ``connect``.
+
+Covers one question over the socket, and passing bytes between a socket and this process's standard input and output:
+what a client runs through SSH to find out why it cannot reach a site, and where sshd forbids forwarding. Loads nothing
+but the standard library, because it runs for every connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import selectors
+import socket
+from dataclasses import dataclass
+
+from controlplane.errors import SiteError
+
+__all__ = ["NoAnswerError", "Pong", "ping", "splice"]
+
+TIMEOUT_SECONDS = 5.0
+CHUNK_NBYTES = 1 << 16
+
+
+class NoAnswerError(SiteError):
+    """Nobody answers at the socket, or not as a site's daemon does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pong:
+    """What the daemon said."""
+
+    is_healthy: bool
+    messages: tuple[str, ...]
+
+
+def _connected(path: str) -> socket.socket:
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    peer.settimeout(TIMEOUT_SECONDS)
+    try:
+        peer.connect(path)
+    except FileNotFoundError:
+        peer.close()
+        raise NoAnswerError(
+            f"There is no socket {path}: the daemon does not run. Start it (systemctl start meshcompute-site), or name "
+            "another socket with --socket."
+        ) from None
+    except ConnectionRefusedError:
+        peer.close()
+        raise NoAnswerError(
+            f"Nobody listens at {path}: the daemon has ended. See journalctl -u meshcompute-site, and start it again."
+        ) from None
+    except PermissionError:
+        peer.close()
+        raise NoAnswerError(
+            f"This account may not reach {path}. Folder (mode 0755) and socket (0666) must be open to everybody."
+        ) from None
+    except OSError as exc:
+        peer.close()
+        raise NoAnswerError(f"{path} cannot be reached: {exc.strerror or exc}. Is it the daemon's socket?") from exc
+    return peer
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("site", timeout=TIMEOUT_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = _connected(self._path)
+
+
+def ping(path: str) -> Pong:
+    """Ask the daemon whether it can do its work.
+
+    Parameters
+    ----------
+    path
+        Its socket.
+
+    Returns
+    -------
+    Pong
+        Its answer.
+
+    Raises
+    ------
+    NoAnswerError
+        With the reason why there is none.
+    """
+    connection = _Connection(path)
+    try:
+        connection.request("GET", "/v1/health")
+        response = connection.getresponse()
+        content = json.loads(response.read(1 << 20))
+        conditions = content["conditions"]
+        return Pong(
+            is_healthy=bool(content["is_healthy"]),
+            messages=tuple(str(condition["message"]) for condition in conditions if not condition["is_true"]),
+        )
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as exc:
+        raise NoAnswerError(
+            f"What listens at {path} gives no answer of a site's daemon ({type(exc).__name__}: {exc}). "
+            "See journalctl -u meshcompute-site."
+        ) from exc
+    finally:
+        connection.close()
+
+
+def splice(path: str, source: int = 0, sink: int = 1) -> None:
+    """Pass bytes between the daemon's socket and two file descriptors, until the daemon or both ends are done.
+
+    Parameters
+    ----------
+    path
+        The daemon's socket.
+    source
+        What comes in here goes to the daemon; its end is passed on.
+    sink
+        What the daemon says goes here.
+
+    Raises
+    ------
+    NoAnswerError
+        If nobody listens at the socket.
+    """
+    with _connected(path) as peer, selectors.DefaultSelector() as selector:
+        peer.settimeout(None)
+        selector.register(peer, selectors.EVENT_READ)
+        with contextlib.suppress(PermissionError):  # a file is always ready, and epoll does not take it
+            selector.register(source, selectors.EVENT_READ)
+        while True:
+            ready = {key.fileobj for key, _events in selector.select()}
+            if peer in ready:
+                chunk = _received(peer)
+                if not chunk or not _write_all(sink, chunk):
+                    return
+            if source in ready:
+                chunk = os.read(source, CHUNK_NBYTES)
+                if chunk:
+                    try:
+                        peer.sendall(chunk)
+                    except (BrokenPipeError, ConnectionResetError):
+                        return
+                else:
+                    selector.unregister(source)
+                    with contextlib.suppress(OSError):
+                        peer.shutdown(socket.SHUT_WR)
+
+
+def _received(peer: socket.socket) -> bytes:
+    try:
+        return peer.recv(CHUNK_NBYTES)
+    except ConnectionResetError:
+        return b""
+
+
+def _write_all(sink: int, chunk: bytes) -> bool:
+    view = memoryview(chunk)
+    try:
+        while view:
+            view = view[os.write(sink, view) :]
+    except BrokenPipeError:
+        return False
+    return True
