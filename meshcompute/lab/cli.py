@@ -41,6 +41,8 @@ def _options(command: Any) -> Any:
             click.option("--loss", type=float, default=0.0, metavar="SHARE", help="Share of packets lost, 0 to 1."),
             click.option("--nat", multiple=True, metavar="SITE", help="A site behind a router with NAT (repeatable)."),
             click.option("--data", multiple=True, metavar="SITE=FOLDER", help="What a site has as /data/SITE."),
+            click.option("--engine/--no-engine", default=None, help="A Docker engine per host [if there is dockerd]."),
+            click.option("--image", metavar="FILE", help="Archive with the workers' image [built]; none: no image."),
             click.option(
                 "--share", type=click.Path(exists=True, file_okay=False), help="Folder shared with the client."
             ),
@@ -187,7 +189,8 @@ def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
 def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     from dataclasses import replace
 
-    from meshcompute.lab.starting import find_account, start_lab
+    from meshcompute.lab.images import open_image_store
+    from meshcompute.lab.starting import find_account, has_engine, start_lab
     from meshcompute.lab.topology import Lab, default_hosts
 
     data = dict(item.split("=", 1) for item in options["data"])
@@ -205,10 +208,15 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
         delay_seconds=options["delay"] / 1e3,
         rate_bits_per_second=None if rate is None else rate * 1e6,
         loss=options["loss"],
+        engine=has_engine() if options["engine"] is None else options["engine"],
     )
-    started = time.monotonic()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with _Errors():
+        if wanted.engine and options["image"] != "none":
+            archive = options["image"] and Path(options["image"])
+            store, _lock = open_image_store(archive, say=lambda line: click.echo(line, err=True))
+            wanted = replace(wanted, image_store=str(store))
+        started = time.monotonic()
         start_lab(
             wanted,
             say=lambda line: click.echo(f"{time.monotonic() - started:6.2f} s  {line}", err=True),

@@ -17,12 +17,14 @@ __all__ = [
     "PlacedFile",
     "desired_files",
     "render_addresses",
+    "render_engine_store",
     "render_init",
     "render_services",
 ]
 
 UPLINK = "uplink"
 KEY_NAME = "id_ed25519"
+QUEUE_PACKETS = 2000  # bursts wait in the device, and are not lost uncounted, while the WAN moves others
 LOG_FOLDER = "/var/log/lab"
 READY_FILE = "/run/sshd.pid"  # sshd writes it once it listens
 
@@ -192,6 +194,8 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         "mount -t tmpfs -o mode=0755 data root/data",
         "mount -t tmpfs -o mode=0711 docker root/var/lib/docker",
     ]
+    if lab.engine and lab.image_store is not None:
+        lines += render_engine_store(lab.image_store, "root/var/lib/docker")
     if host.is_site:
         lines.append(f"mkdir {data}")
     if host.data is not None:
@@ -206,11 +210,27 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         f"hostname {host.name}",
         f"mkdir -p {LOG_FOLDER}",
         "ip link set lo up",
-        f"ip link set {UPLINK} up",
+        f"ip link set {UPLINK} txqueuelen {QUEUE_PACKETS} up",
         *render_addresses(host, has_nat=host.has_nat),
         "exec tini -- sh /etc/lab/services </dev/null >/var/log/lab/services.log 2>&1",
     ]
     return "\n".join(lines) + "\n"
+
+
+def render_engine_store(store: str, target: str) -> tuple[str, ...]:
+    """Render the commands that let an engine know the images of a store: its index copied, its layers shared."""
+    return (
+        f"mkdir {target}/overlay2",
+        f"cp -a {store}/image {target}/image",
+        f"cp -a {store}/overlay2/l {target}/overlay2/l",
+        f"for layer in {store}/overlay2/*/diff; do",
+        "    layer=${layer%/diff}",
+        f"    to={target}/overlay2/${{layer##*/}}",
+        "    mkdir $to $to/diff $to/work",
+        "    for file in link lower committed; do if [ -e $layer/$file ]; then cp -a $layer/$file $to/; fi; done",
+        "    mount --bind -o ro $layer/diff $to/diff",
+        "done",
+    )
 
 
 def render_addresses(host: Host, *, has_nat: bool) -> tuple[str, ...]:

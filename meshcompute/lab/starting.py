@@ -26,7 +26,7 @@ from meshcompute.lab.errors import LabError, LabMissingError, LabStartError, Lab
 from meshcompute.lab.running import CGROUPS, RunningLab, address_of, sweep_cgroups
 from meshcompute.lab.topology import Account, Lab
 
-__all__ = ["check_machine", "find_account", "start_lab"]
+__all__ = ["check_machine", "find_account", "has_engine", "start_lab"]
 
 PACKAGE_OF = {  # in Debian
     "debootstrap": "debootstrap",
@@ -63,6 +63,15 @@ def find_account() -> Account:
     return Account(uid=number, gid=number)
 
 
+def has_engine() -> bool:
+    """Tell whether this machine has a Docker engine that hosts could start for themselves."""
+    return _find("dockerd") is not None
+
+
+def _find(program: str) -> str | None:
+    return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
 def check_machine(lab: Lab) -> None:
     """Find out whether this machine can have a lab.
 
@@ -73,9 +82,8 @@ def check_machine(lab: Lab) -> None:
     """
     if os.geteuid() != 0:
         raise LabMissingError("A lab needs root: it makes namespaces and mounts. Run it with sudo.")
-    path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     needed = (*NEEDED, "dockerd") if lab.engine else NEEDED
-    missing = [program for program in needed if shutil.which(program, path=path) is None]
+    missing = [program for program in needed if _find(program) is None]
     if missing:
         packages = " ".join(dict.fromkeys(PACKAGE_OF[program] for program in missing))
         raise LabMissingError(
