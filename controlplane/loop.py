@@ -194,7 +194,7 @@ class Loop:
         """Work until cancelled."""
         for cluster_id in self._wishes.cluster_ids():
             self.poke(cluster_id)
-        next_sweep = self._clock.monotonic() + SWEEP_SECONDS
+        next_sweep = self._clock.monotonic()
         try:
             while True:
                 self._wake.clear()
