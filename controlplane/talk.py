@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from controlplane.errors import SiteError
 
-__all__ = ["NoAnswerError", "Pong", "ping", "splice"]
+__all__ = ["NoAnswerError", "Pong", "UnixConnection", "ping", "splice"]
 
 TIMEOUT_SECONDS = 5.0
 CHUNK_NBYTES = 1 << 16
@@ -62,12 +62,21 @@ def _connected(path: str) -> socket.socket:
     return peer
 
 
-class _Connection(http.client.HTTPConnection):
+class UnixConnection(http.client.HTTPConnection):
+    """HTTP over a unix socket.
+
+    Parameters
+    ----------
+    path
+        The socket.
+    """
+
     def __init__(self, path: str) -> None:
         super().__init__("site", timeout=TIMEOUT_SECONDS)
         self._path = path
 
     def connect(self) -> None:
+        """Connect to the socket."""
         self.sock = _connected(self._path)
 
 
@@ -89,7 +98,7 @@ def ping(path: str) -> Pong:
     NoAnswerError
         With the reason why there is none.
     """
-    connection = _Connection(path)
+    connection = UnixConnection(path)
     try:
         connection.request("GET", "/v1/health")
         response = connection.getresponse()
