@@ -81,6 +81,10 @@ class Tombstone:
     cluster_id: str
     epoch: int
     buried_at: float  # wall clock: a tombstone must survive a boot
+    owner_uid: int
+    user: str
+    name: str
+    reason: str
 
 
 def check_epoch(epoch: int, *, current: int | None, tombstone: int | None) -> None:

@@ -20,7 +20,7 @@ from controlplane.identity import Caller
 from controlplane.leases import Tombstone, check_epoch, grant
 from controlplane.loop import Loop
 from controlplane.state import ClusterRecord, Owner, Store
-from controlplane.status import status_of
+from controlplane.status import gone_status, status_of
 from controlplane.workers.base import WorkerRuntime
 from meshcompute.protocol import ClusterSpec, ClusterStatus
 
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 2.0  # how long an answer may wait for the machine, so that it can already hold the public key
 MAX_LOG_LINES = 10_000
+MAX_TOMBSTONES = 10_000  # nobody can fill the disk with requests to end what never was
 
 
 class Site:
@@ -143,9 +144,8 @@ class Site:
 
     async def renew(self, cluster_id: str, epoch: int, caller: Caller) -> ClusterStatus:
         """Renew a cluster's lease."""
+        self._refuse_ended(cluster_id, caller)
         record = self._find(cluster_id, caller)
-        if record.is_ended:
-            raise ConflictError(f"Cluster {cluster_id} has ended here ({record.end_reason}). Boot a new one.")
         check_epoch(epoch, current=record.spec.epoch, tombstone=None)
         if epoch > record.spec.epoch:
             raise ConflictError(
@@ -157,22 +157,48 @@ class Site:
         return self._status(cluster_id, record)
 
     async def delete(self, cluster_id: str, epoch: int, caller: Caller) -> ClusterStatus:
-        """End a cluster: everything of it is removed, and a late PUT does not bring it back."""
+        """End a cluster: everything of it is removed, and a late PUT does not bring it back.
+
+        Parameters
+        ----------
+        cluster_id
+            The cluster. One that was never here is gone as well: its PUT may still be on its way, and comes too late.
+        epoch
+            Wishes that are not newer than this are refused from now on.
+        caller
+            Who asks.
+
+        Returns
+        -------
+        ClusterStatus
+            Removing, or gone.
+        """
+        check_caller(caller, self.config.pool)
+        stone = self._tombstone(cluster_id, caller)
+        if cluster_id not in self._records and (stone is not None or cluster_id not in self._tombstones):
+            if stone is None or epoch > stone.epoch:
+                reason = stone.reason if stone else f"user {caller.user} ended it before it began"
+                stone = self._bury(cluster_id, epoch, _account_of(caller), stone.name if stone else "unknown", reason)
+            return gone_status(stone)
         record = self._find(cluster_id, caller)
         if not record.is_ended:
             check_epoch(epoch, current=record.spec.epoch, tombstone=None)
             self._end(record, f"user {caller.user} ended it", epoch=epoch)
         elif epoch > self._tombstones[cluster_id].epoch:
-            self._bury(cluster_id, epoch)
+            self._bury(cluster_id, epoch, record.owner, record.spec.name, record.end_reason)
         await self._wait_settled(cluster_id)
         return self._status(cluster_id, record)
 
     async def get(self, cluster_id: str, caller: Caller) -> ClusterStatus:
-        """Look at one cluster, now."""
-        self._find(cluster_id, caller)
+        """Look at one cluster, now; one that has ended is still known as gone, with the reason."""
+        check_caller(caller, self.config.pool)
+        stone = self._tombstone(cluster_id, caller)
+        if cluster_id not in self._records and stone is not None:
+            return gone_status(stone)
+        record = self._find(cluster_id, caller)
         if self._loop is not None:
             await self._loop.refresh([cluster_id])
-        return self._status(cluster_id, self._find(cluster_id, caller))
+        return self._status(cluster_id, record)
 
     async def list_clusters(self, caller: Caller) -> list[ClusterStatus]:
         """Look at all clusters of a caller, now."""
@@ -263,19 +289,45 @@ class Site:
         check_caller(caller, self.config.pool)
         return find_record(caller, self._records.get(cluster_id), cluster_id, self.config.pool)
 
+    def _tombstone(self, cluster_id: str, caller: Caller) -> Tombstone | None:
+        """A tombstone that exists for this caller."""
+        stone = self._tombstones.get(cluster_id)
+        return stone if stone is not None and (caller.is_operator or stone.owner_uid == caller.uid) else None
+
+    def _refuse_ended(self, cluster_id: str, caller: Caller) -> None:
+        check_caller(caller, self.config.pool)
+        record = self._records.get(cluster_id)
+        stone = self._tombstone(cluster_id, caller)
+        if stone is not None and (record is None or record.is_ended):
+            raise ConflictError(f"Cluster {cluster_id} has ended here: {stone.reason}. Boot a new one.")
+
     def _save(self, record: ClusterRecord, *, is_renewal: bool = False) -> None:
         self._store.save(record)
         self._records[record.cluster_id] = record
         if self._loop is not None:
             self._loop.poke(record.cluster_id, is_changed=not is_renewal)
 
-    def _bury(self, cluster_id: str, epoch: int) -> None:
-        tombstone = Tombstone(cluster_id=cluster_id, epoch=epoch, buried_at=self._clock.wall())
+    def _bury(self, cluster_id: str, epoch: int, owner: Owner, name: str, reason: str) -> Tombstone:
+        tombstone = Tombstone(
+            cluster_id=cluster_id,
+            epoch=epoch,
+            buried_at=self._clock.wall(),
+            owner_uid=owner.uid,
+            user=owner.user,
+            name=name,
+            reason=reason,
+        )
         self._store.bury(tombstone)
+        self._tombstones.pop(cluster_id, None)
         self._tombstones[cluster_id] = tombstone
+        while len(self._tombstones) > MAX_TOMBSTONES:
+            oldest = next(iter(self._tombstones))
+            self._store.unearth(oldest)
+            del self._tombstones[oldest]
+        return tombstone
 
     def _end(self, record: ClusterRecord, reason: str, epoch: int = 0) -> None:
-        self._bury(record.cluster_id, max(epoch, record.spec.epoch))
+        self._bury(record.cluster_id, max(epoch, record.spec.epoch), record.owner, record.spec.name, reason)
         self._save(replace(record, is_ended=True, end_reason=reason))
         logger.info("end cluster id=%s reason=%s", record.cluster_id, reason)
 

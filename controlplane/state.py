@@ -125,7 +125,7 @@ class Store:
         tombstones = {stone.cluster_id: stone for stone in _read_all(self._tombstones, _TOMBSTONE, problems)}
         for stone in [stone for stone in tombstones.values() if wall_now - stone.buried_at > TOMBSTONE_SECONDS]:
             del tombstones[stone.cluster_id]
-            _unlink(self._tombstones / f"{stone.cluster_id}.json")
+            self.unearth(stone.cluster_id)
         self.problems = tuple(problems)
         return records, tombstones
 
@@ -140,6 +140,10 @@ class Store:
     def bury(self, tombstone: Tombstone) -> None:
         """Remember the epoch at which a cluster ended."""
         _write(self._tombstones / f"{tombstone.cluster_id}.json", _TOMBSTONE.dump_json(tombstone))
+
+    def unearth(self, cluster_id: str) -> None:
+        """Remove a tombstone."""
+        _unlink(self._tombstones / f"{cluster_id}.json")
 
 
 def _read_all(folder: Path, adapter: TypeAdapter[Any], problems: list[str]) -> Iterable[Any]:

@@ -10,13 +10,14 @@ from typing import Literal
 
 from controlplane.config import SiteConfig
 from controlplane.desired import DesiredCluster, desired_cluster, scheduler_addresses
+from controlplane.leases import Tombstone
 from controlplane.loop import Problem, Report
 from controlplane.network.topology import GATEWAY_NODE, GatewayState, address_of
 from controlplane.state import ClusterRecord
 from controlplane.workers.base import WorkerSpec, WorkerState
 from meshcompute.protocol import ClusterStatus, Condition, PeerStatus, SchedulerStatus, WorkerStatus
 
-__all__ = ["status_of"]
+__all__ = ["gone_status", "status_of"]
 
 FRESH_HANDSHAKE_SECONDS = 180.0  # WireGuard makes a new key every 120 s where there is traffic, rejects after 180 s
 # Problems that no retry cures: somebody must change something first.
@@ -51,8 +52,11 @@ def status_of(
     desired = desired_cluster(record, config, now)
     gateway = report.observed.gateway if report else None
     conditions = (
-        ()
-        if is_gone
+        (
+            _ended(record.end_reason),
+            *(_condition(problem.kind, problem) for problem in (report.problems if report else ())),
+        )
+        if is_ending
         else (
             _gateway(report, gateway),
             _links(record, gateway, config),
@@ -77,9 +81,32 @@ def status_of(
         ),
         peers=() if is_gone else _peers(record, gateway),
         workers=() if is_gone else _workers(desired, report),
-        scheduler=_scheduler(record, config),
+        scheduler=None if is_gone else _scheduler(record, config),
         conditions=conditions,
     )
+
+
+def gone_status(tombstone: Tombstone) -> ClusterStatus:
+    """Tell what is remembered of a cluster of which nothing is left."""
+    return ClusterStatus(
+        cluster_id=tombstone.cluster_id,
+        name=tombstone.name,
+        owner=tombstone.user,
+        epoch=tombstone.epoch,
+        phase="gone",
+        lease_remaining_seconds=0.0,
+        public_key=None,
+        endpoint_port=None,
+        address=None,
+        peers=(),
+        workers=(),
+        scheduler=None,
+        conditions=(_ended(tombstone.reason),),
+    )
+
+
+def _ended(reason: str) -> Condition:
+    return Condition(kind="ended", is_true=True, reason="Ended", message=f"The cluster has ended: {reason}.")
 
 
 def _phase(report: Report | None, conditions: tuple[Condition, ...]) -> Literal["failed", "ready", "pending"]:

@@ -239,7 +239,8 @@ class SiteInfo(_Answer):
 class Condition(_Answer):
     """One thing that is true of a cluster at this site, or not yet.
 
-    ``kind`` is ``gateway``, ``links`` (a handshake with every peer), ``workers``, ``scheduler`` or ``engine``;
+    ``kind`` is ``gateway``, ``links`` (a handshake with every peer), ``workers``, ``scheduler``, ``engine``
+    or ``ended`` (why the cluster is removed);
     ``reason`` one word for programs; ``message`` a sentence for people.
     """
 
