@@ -7,6 +7,7 @@ meshcompute loads this file, so it imports click alone, and the rest when a comm
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,7 +191,7 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     from dataclasses import replace
 
     from meshcompute.lab.images import open_image_store
-    from meshcompute.lab.starting import find_account, has_engine, start_lab
+    from meshcompute.lab.starting import find_accounts, has_engine, start_lab
     from meshcompute.lab.topology import Lab, default_hosts
 
     data = dict(item.split("=", 1) for item in options["data"])
@@ -204,10 +205,11 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
         hosts=hosts,
         shared=options["share"] and str(Path(options["share"]).resolve()),
         path=path,
-        account=find_account(),
+        accounts=find_accounts(),
         delay_seconds=options["delay"] / 1e3,
         rate_bits_per_second=None if rate is None else rate * 1e6,
         loss=options["loss"],
+        daemon=shutil.which("meshcompute-site", path=path) is not None,
         engine=has_engine() if options["engine"] is None else options["engine"],
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -9,23 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from meshcompute.lab.topology import ACCOUNT, Host, Lab
+from meshcompute.lab.topology import Account, Host, Lab
 
 __all__ = [
     "READY_FILE",
     "UPLINK",
     "PlacedFile",
     "desired_files",
+    "desired_services",
     "render_addresses",
     "render_engine_store",
     "render_init",
-    "render_services",
+    "render_site",
 ]
 
 UPLINK = "uplink"
 KEY_NAME = "id_ed25519"
 QUEUE_PACKETS = 2000  # bursts wait in the device, and are not lost uncounted, while the WAN moves others
 LOG_FOLDER = "/var/log/lab"
+SITE_FILE = "/etc/meshcompute/site.toml"
 READY_FILE = "/run/sshd.pid"  # sshd writes it once it listens
 
 
@@ -70,7 +72,7 @@ def desired_files(
     *,
     machine: Mapping[str, str],
     host_keys: Mapping[str, tuple[str, str]],
-    user_key: tuple[str, str],
+    user_keys: Mapping[str, tuple[str, str]],
 ) -> tuple[PlacedFile, ...]:
     """List the files in which a host differs from the machine.
 
@@ -84,29 +86,22 @@ def desired_files(
         Text of the machine's ``passwd``, ``shadow`` and ``group``.
     host_keys
         Private and public key of each host, by name.
-    user_key
-        Private and public key of the client's user.
+    user_keys
+        Private and public key of each account, by name.
 
     Returns
     -------
     tuple of PlacedFile
         Files with their content.
     """
-    account = lab.account
-    home = f"/home/{ACCOUNT}"
-    # "*" is a password that nothing matches; a locked account ("!") is refused by sshd where it does not use PAM.
-    passwd = _with_line(machine["passwd"], f"{ACCOUNT}:x:{account.uid}:{account.gid}:meshcompute lab:{home}:/bin/sh")
-    shadow = _with_line(machine["shadow"], f"{ACCOUNT}:*:19000:0:99999:7:::")
-    if not any(line.startswith("sshd:") for line in passwd.splitlines()):
-        passwd = _with_line(passwd, "sshd:x:109:65534::/run/sshd:/usr/sbin/nologin")
-    group = _with_line(machine["group"], f"{ACCOUNT}:x:{account.gid}:")
-    for name in account.groups:
-        group = _with_member(group, name, ACCOUNT)
+    passwd, shadow, group = machine["passwd"], machine["shadow"], machine["group"]
+    for account in lab.accounts:
+        ids = f"{account.uid}:{account.gid}"
+        passwd = _with_line(passwd, f"{account.name}:x:{ids}:meshcompute lab:{_home_of(account.name)}:/bin/sh")
+        # "*" is a password that nothing matches; a locked account ("!") is refused by sshd where it does not use PAM.
+        shadow = _with_line(shadow, f"{account.name}:*:19000:0:99999:7:::")
+        group = _with_line(group, f"{account.name}:x:{account.gid}:")
     names = "".join(f"{other.address}\t{other.name}\n" for other in lab.hosts)
-
-    def ours(path: str, text: str, mode: int = 0o644, *, uid: int = 0, gid: int = 0) -> PlacedFile:
-        return PlacedFile(path=path, text=text, mode=mode, uid=uid, gid=gid, is_ours=True)
-
     private, public = host_keys[host.name]
     files = [
         PlacedFile(path="/etc/passwd", text=passwd),
@@ -114,46 +109,58 @@ def desired_files(
         PlacedFile(path="/etc/group", text=group),
         PlacedFile(path="/etc/hostname", text=host.name + "\n"),
         PlacedFile(path="/etc/hosts", text=f"127.0.0.1\tlocalhost\n::1\tlocalhost\n{names}"),
-        ours("/etc/ssh/lab/host_key", private, 0o600),
-        ours("/etc/ssh/lab/host_key.pub", public),
+        PlacedFile(path="/etc/ssh/lab/host_key", text=private, mode=0o600, is_ours=True),
+        PlacedFile(path="/etc/ssh/lab/host_key.pub", text=public, is_ours=True),
         PlacedFile(path="/etc/ssh/lab/sshd_config", text=_SSHD_CONFIG.format(ready=READY_FILE, path=lab.path)),
-        ours("/root/.ssh/README", "The lab hides the machine's own keys.\n"),
+        # A home of the machine's root may hold keys of the machine's.
+        PlacedFile(path="/root/.ssh/README", text="The lab hides the machine's own keys.\n", is_ours=True),
+    ]
+    known = "".join(f"{other.name},{other.address} {host_keys[other.name][1]}" for other in lab.hosts)
+    for account in lab.accounts:
+        files += _desired_home(lab, host, account, account, key=user_keys[account.name], known=known)
+    if not host.is_site:
+        root = Account(name="root", uid=0, gid=0)
+        first = lab.accounts[0]
+        files += _desired_home(lab, host, root, first, key=user_keys[first.name], known=known)
+    return tuple(files)
+
+
+def _desired_home(
+    lab: Lab, host: Host, owner: Account, account: Account, *, key: tuple[str, str], known: str
+) -> list[PlacedFile]:
+    """List the files with which an owner logs in at sites as an account, or that let the account in at a site."""
+    folder = _home_of(owner.name)
+
+    def file(name: str, text: str, mode: int = 0o644) -> PlacedFile:
+        path = f"{folder}/{name}"
+        return PlacedFile(path=path, text=text, mode=mode, uid=owner.uid, gid=owner.gid, is_ours=True)
+
+    files = [file(".profile", f"PATH={lab.path}\n")] if owner.uid else []
+    if host.is_site:
+        return [*files, file(".ssh/authorized_keys", key[1], 0o600)]
+    config = _SSH_CONFIG.format(
+        sites=" ".join(f"{other.name} {other.address}" for other in lab.hosts if other.is_site),
+        account=account.name,
+        key=f"{folder}/.ssh/{KEY_NAME}",
+        known_hosts=f"{folder}/.ssh/known_hosts",
+    )
+    return [
+        *files,
+        file(f".ssh/{KEY_NAME}", key[0], 0o600),
+        file(f".ssh/{KEY_NAME}.pub", key[1]),
+        file(".ssh/known_hosts", known),
+        file(".ssh/config", config, 0o600),
     ]
 
-    owner = {"uid": account.uid, "gid": account.gid}
-    files.append(ours(f"{home}/.profile", f"PATH={lab.path}\n", **owner))
-    if host.is_site:
-        files.append(ours(f"{home}/.ssh/authorized_keys", user_key[1], 0o600, **owner))
-        return tuple(files)
-    known = "".join(f"{other.name},{other.address} {host_keys[other.name][1]}" for other in lab.hosts)
-    sites = " ".join(f"{other.name} {other.address}" for other in lab.hosts if other.is_site)
-    for folder, ids in (("/root", {}), (home, owner)):
-        place = f"{folder}/.ssh"
-        config = _SSH_CONFIG.format(
-            sites=sites, account=ACCOUNT, key=f"{place}/{KEY_NAME}", known_hosts=f"{place}/known_hosts"
-        )
-        files += [
-            ours(f"{place}/{KEY_NAME}", user_key[0], 0o600, **ids),
-            ours(f"{place}/{KEY_NAME}.pub", user_key[1], **ids),
-            ours(f"{place}/known_hosts", known, **ids),
-            ours(f"{place}/config", config, 0o600, **ids),
-        ]
-    return tuple(files)
+
+def _home_of(account: str) -> str:
+    return "/root" if account == "root" else f"/home/{account}"
 
 
 def _with_line(text: str, line: str) -> str:
     name = line.split(":", 1)[0]
     kept = [other for other in text.splitlines() if other.split(":", 1)[0] != name]
     return "\n".join([*kept, line]) + "\n"
-
-
-def _with_member(text: str, group: str, member: str) -> str:
-    lines = text.splitlines()
-    for i, line in enumerate(lines):
-        name, password, gid, members = line.split(":")
-        if name == group:
-            lines[i] = ":".join([name, password, gid, ",".join(filter(None, [members, member]))])
-    return "\n".join(lines) + "\n"
 
 
 def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -> str:
@@ -210,6 +217,7 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         f"hostname {host.name}",
         f"mkdir -p {LOG_FOLDER}",
         "ip link set lo up",
+        f"ip link set {UPLINK} addrgenmode none",  # it would ask the WAN for IPv6 routers, and spoil the counters
         f"ip link set {UPLINK} txqueuelen {QUEUE_PACKETS} up",
         *render_addresses(host, has_nat=host.has_nat),
         "exec tini -- sh /etc/lab/services </dev/null >/var/log/lab/services.log 2>&1",
@@ -243,11 +251,38 @@ def render_addresses(host: Host, *, has_nat: bool) -> tuple[str, ...]:
     )
 
 
-def render_services(lab: Lab, host: Host) -> str:
-    """Render what runs at a host: the engine in the background, and sshd, whose end is the host's."""
-    lines = ["umask 022", f"export PATH={lab.path} HOME=/root LANG=C.UTF-8"]
+def desired_services(lab: Lab, host: Host) -> tuple[PlacedFile, ...]:
+    """List the scripts that run a host's services; each can be started again by ``sh /etc/lab/<service>``."""
+    head = f"umask 022\nexport PATH={lab.path} HOME=/root LANG=C.UTF-8\n"
+    scripts = {"sshd": "exec /usr/sbin/sshd -D -e -f /etc/ssh/lab/sshd_config"}
+    files = []
     if lab.engine:
-        engine = "dockerd --bridge=none --iptables=false --ip6tables=false --storage-driver=overlay2"
-        lines.append(f"{engine} --cgroup-parent={lab.cgroup}/{host.name} >{LOG_FOLDER}/dockerd.log 2>&1 &")
-    lines.append(f"exec /usr/sbin/sshd -D -e -f /etc/ssh/lab/sshd_config >{LOG_FOLDER}/sshd.log 2>&1")
-    return "\n".join(lines) + "\n"
+        engine = "exec dockerd --bridge=none --iptables=false --ip6tables=false --storage-driver=overlay2"
+        scripts["engine"] = f"{engine} --cgroup-parent={lab.cgroup}/{host.name}"
+    if lab.daemon:
+        folders = "mkdir -p /run/meshcompute /var/lib/meshcompute"
+        scripts["site"] = f"{folders}\nexec meshcompute-site serve --config {SITE_FILE}"
+        files.append(PlacedFile(path=SITE_FILE, text=render_site(lab, host)))
+    files += [
+        PlacedFile(path=f"/etc/lab/{name}", text=f"{head}exec >>{LOG_FOLDER}/{name}.log 2>&1\n{script}\n")
+        for name, script in scripts.items()
+    ]
+    # sshd is the one whose end is the host's.
+    starts = [f"sh /etc/lab/{name} &" for name in scripts if name != "sshd"]
+    files.append(PlacedFile(path="/etc/lab/services", text="\n".join([*starts, "exec sh /etc/lab/sshd"]) + "\n"))
+    return tuple(files)
+
+
+def render_site(lab: Lab, host: Host) -> str:
+    """Render a host's ``site.toml``."""
+    users = ", ".join(f'"{account.name}"' for account in lab.accounts)
+    folders = f'"/data/{host.name}"' if host.is_site else ""
+    endpoints = "" if host.has_nat else f'"{host.address}"'
+    return (
+        f'pool = "{host.name}"\n'
+        f'role = "{"site" if host.is_site else "scheduler"}"\n'
+        f'runtime = "{"docker" if lab.engine else "process"}"\n'
+        f'network = "wireguard"\n\n[access]\nusers = [{users}, "root"]\n'
+        f"\n[workers]\ndata_folders = [{folders}]\n"
+        f"\n[network_options]\nendpoints = [{endpoints}]\n"
+    )

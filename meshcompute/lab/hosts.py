@@ -7,8 +7,10 @@ are. Runs inside the lab's own namespaces, as the supervisor's part; nothing her
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +20,9 @@ from meshcompute.lab.files import (
     UPLINK,
     PlacedFile,
     desired_files,
+    desired_services,
     render_addresses,
     render_init,
-    render_services,
 )
 from meshcompute.lab.topology import Host, Lab
 
@@ -28,6 +30,8 @@ __all__ = ["RunningHost", "make_keys", "place", "set_addresses", "start_host", "
 
 READY_TIMEOUT_SECONDS = 30.0
 POLL_SECONDS = 0.01
+ANSWER_TIMEOUT_SECONDS = 2.0
+LOG_CHARACTERS = 2000
 NOT_A_FILE_SYSTEM = frozenset(
     {"autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs"}
     | {"fusectl", "hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "ramfs", "rpc_pipefs", "securityfs", "squashfs"}
@@ -107,7 +111,13 @@ def place(upper: Path, file: PlacedFile) -> None:
 
 
 def start_host(
-    lab: Lab, host: Host, *, folder: Path, host_keys: dict[str, tuple[str, str]], user_key: tuple[str, str], device: str
+    lab: Lab,
+    host: Host,
+    *,
+    folder: Path,
+    host_keys: dict[str, tuple[str, str]],
+    user_keys: dict[str, tuple[str, str]],
+    device: str,
 ) -> RunningHost:
     """Start a host, and give it its uplink.
 
@@ -119,8 +129,8 @@ def start_host(
         Which of its hosts.
     folder
         An empty folder on the lab's tmpfs.
-    host_keys, user_key
-        Keys of hosts and of the client's user.
+    host_keys, user_keys
+        Private and public keys of hosts and of accounts, by name.
     device
         TUN device of this network namespace that becomes the host's uplink.
 
@@ -137,8 +147,8 @@ def start_host(
     machine = {name: Path("/etc", name).read_text() for name in ("passwd", "shadow", "group")}
     upper = folder / "upper"
     upper.mkdir(parents=True, mode=0o755)
-    files = desired_files(lab, host, machine=machine, host_keys=host_keys, user_key=user_key)
-    for file in (*files, PlacedFile(path="/etc/lab/services", text=render_services(lab, host))):
+    files = desired_files(lab, host, machine=machine, host_keys=host_keys, user_keys=user_keys)
+    for file in (*files, *desired_services(lab, host)):
         place(upper, file)
     script = folder / "init"
     script.write_text(render_init(lab, host, folder=str(folder), mounts=_other_mounts()))
@@ -172,8 +182,8 @@ def start_host(
     return RunningHost(host=host, pid=int(children[0]), unshare=process)
 
 
-def wait_until_ready(running: RunningHost, folder: Path) -> None:
-    """Wait until a host's sshd listens.
+def wait_until_ready(lab: Lab, running: RunningHost, folder: Path) -> None:
+    """Wait until a host's sshd listens, and its engine and its daemon answer.
 
     Raises
     ------
@@ -182,19 +192,31 @@ def wait_until_ready(running: RunningHost, folder: Path) -> None:
     """
     deadline = time.monotonic() + READY_TIMEOUT_SECONDS
     part = f"host {running.host.name}"
-    while True:
-        try:
-            if (running.root / READY_FILE.lstrip("/")).exists():
-                return
-        except OSError:  # it has just ended
-            pass
+    waiting_for = {"sshd": (running.root / READY_FILE.lstrip("/")).exists}
+    if lab.engine:
+        waiting_for["engine"] = lambda: _answers(running.root / "run/docker.sock", "/_ping")
+    if lab.daemon:
+        waiting_for["site"] = lambda: _answers(running.root / "run/meshcompute/site.sock", "/v1/health")
+    while waiting_for:
+        with suppress(OSError):  # nobody listens yet; or all of it has just ended
+            waiting_for = {name: is_ready for name, is_ready in waiting_for.items() if not is_ready()}
         code = running.unshare.poll()
         if code is not None:
             raise LabStartError(part, f"ended with exit code {code}", _text(folder / "init.log"))
         if time.monotonic() > deadline:
-            log = _text(folder / "init.log") + _text(running.root / "var/log/lab/sshd.log")
-            raise LabStartError(part, f"was not ready after {READY_TIMEOUT_SECONDS:g} s", log)
+            logs = [_text(running.root / f"var/log/lab/{name}.log")[-LOG_CHARACTERS:] for name in waiting_for]
+            missing = " and ".join(waiting_for)
+            reason = f"was not ready after {READY_TIMEOUT_SECONDS:g} s: no {missing}"
+            raise LabStartError(part, reason, _text(folder / "init.log") + "\n".join(logs))
         time.sleep(POLL_SECONDS)
+
+
+def _answers(path: Path, resource: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(ANSWER_TIMEOUT_SECONDS)
+        connection.connect(str(path))
+        connection.sendall(f"GET {resource} HTTP/1.0\r\nHost: lab\r\n\r\n".encode())
+        return connection.recv(16).startswith(b"HTTP/")
 
 
 def set_addresses(running: RunningHost, *, has_nat: bool) -> None:

@@ -9,6 +9,7 @@ The lab's socket is made here and handed down, because abstract sockets belong t
 from __future__ import annotations
 
 import errno
+import grp
 import json
 import os
 import pwd
@@ -20,13 +21,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from meshcompute.lab.errors import LabError, LabMissingError, LabStartError, LabStateError
 from meshcompute.lab.running import CGROUPS, RunningLab, address_of, sweep_cgroups
-from meshcompute.lab.topology import Account, Lab
+from meshcompute.lab.topology import ACCOUNTS, Account, Lab
 
-__all__ = ["check_machine", "find_account", "has_engine", "start_lab"]
+__all__ = ["check_machine", "find_accounts", "has_engine", "start_lab"]
 
 PACKAGE_OF = {  # in Debian
     "debootstrap": "debootstrap",
@@ -56,11 +58,11 @@ find {cgroups} -depth -type d -name meshcompute-lab -exec rmdir {{}} + 2>/dev/nu
 """
 
 
-def find_account() -> Account:
-    """Choose a uid and gid that the machine does not use, for the account of the hosts."""
-    taken = {entry.pw_uid for entry in pwd.getpwall()} | {entry.pw_gid for entry in pwd.getpwall()}
-    number = next(uid for uid in range(FIRST_UID, FIRST_UID + len(taken) + 1) if uid not in taken)
-    return Account(uid=number, gid=number)
+def find_accounts() -> tuple[Account, ...]:
+    """Choose uids and gids that the machine does not use, for the accounts of the hosts."""
+    taken = {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
+    free = (number for number in count(FIRST_UID) if number not in taken)
+    return tuple(Account(name=name, uid=number, gid=number) for name, number in zip(ACCOUNTS, free, strict=False))
 
 
 def has_engine() -> bool:

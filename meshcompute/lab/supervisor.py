@@ -83,23 +83,22 @@ class Supervisor:
         try:
             keys = BASE / "keys"
             keys.mkdir(mode=0o700)
-            made = make_keys(keys, ("user", *(host.name for host in self.lab.hosts)))
-            user_key = made.pop("user")
+            user_keys = make_keys(keys, tuple(account.name for account in self.lab.accounts))
+            host_keys = make_keys(keys, tuple(host.name for host in self.lab.hosts))
             with ThreadPoolExecutor(len(self.lab.hosts)) as pool:
-                list(pool.map(lambda host: self._start(host.name, made, user_key), self.lab.hosts))
+                list(pool.map(lambda host: self._start(host, host_keys, user_keys), self.lab.hosts))
             self.say("ready")
         except BaseException as exc:
             failures.append(exc)
             self.wan.stop()
 
-    def _start(self, name: str, host_keys: dict[str, tuple[str, str]], user_key: tuple[str, str]) -> None:
-        host = next(host for host in self.lab.hosts if host.name == name)
-        folder = BASE / "hosts" / name
-        device = self._device_names[name]
-        running = start_host(self.lab, host, folder=folder, host_keys=host_keys, user_key=user_key, device=device)
-        wait_until_ready(running, folder)
-        self.hosts[name] = running
-        self.say(f"{name} is up at {host.address}")
+    def _start(self, host: Host, host_keys: dict[str, tuple[str, str]], user_keys: dict[str, tuple[str, str]]) -> None:
+        folder = BASE / "hosts" / host.name
+        device = self._device_names[host.name]
+        running = start_host(self.lab, host, folder=folder, host_keys=host_keys, user_keys=user_keys, device=device)
+        wait_until_ready(self.lab, running, folder)
+        self.hosts[host.name] = running
+        self.say(f"{host.name} is up at {host.address}")
 
     # Requests
 

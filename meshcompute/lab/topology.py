@@ -11,7 +11,7 @@ from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Self
 
 __all__ = [
-    "ACCOUNT",
+    "ACCOUNTS",
     "CONTROL_NETWORK",
     "Account",
     "Host",
@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 CONTROL_NETWORK = IPv4Network("10.8.0.0/24")  # the reference's control plane
-ACCOUNT = "mesh"
+ACCOUNTS = ("mesh", "guest")  # the first one is the user; the second one is somebody else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +55,11 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """The account ``mesh`` that every host has."""
+    """An account that every host has, and the machine has not."""
 
+    name: str
     uid: int
     gid: int
-    groups: tuple[str, ...] = ()
 
 
 def default_hosts() -> tuple[Host, ...]:
@@ -85,8 +85,8 @@ class Lab:
         Folder of the machine that the client's host shares, so that what it writes there stays.
     path
         Search path of programs at every host.
-    account
-        The account of every host.
+    accounts
+        The accounts of every host; the client's root logs in at sites as the first one.
     delay_seconds
         Delay one way, between any two hosts.
     rate_bits_per_second
@@ -95,6 +95,8 @@ class Lab:
         Share of packets that each direction loses.
     engine
         Whether each host has a Docker engine of its own.
+    daemon
+        Whether each host runs ``meshcompute-site``.
     image_store
         Folder with the layers of images that every engine knows from the start (see :mod:`meshcompute.lab.images`).
     """
@@ -103,11 +105,12 @@ class Lab:
     hosts: tuple[Host, ...] = field(default_factory=default_hosts)
     shared: str | None = None
     path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    account: Account
+    accounts: tuple[Account, ...]
     delay_seconds: float = 0.0
     rate_bits_per_second: float | None = None
     loss: float = 0.0
     engine: bool = False
+    daemon: bool = False
     image_store: str | None = None
 
     @property
@@ -122,8 +125,8 @@ class Lab:
 
     def to_json(self) -> dict[str, Any]:
         """Render for another process."""
-        plain = {name: getattr(self, name) for name in self.__slots__ if name not in {"hosts", "account"}}
-        plain["account"] = {name: getattr(self.account, name) for name in self.account.__slots__}
+        plain = {name: getattr(self, name) for name in self.__slots__ if name not in {"hosts", "accounts"}}
+        plain["accounts"] = [{name: getattr(account, name) for name in account.__slots__} for account in self.accounts]
         plain["hosts"] = [
             {name: getattr(host, name) for name in host.__slots__} | {"address": str(host.address)}
             for host in self.hosts
@@ -134,5 +137,5 @@ class Lab:
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
         """Read what :meth:`to_json` rendered."""
         hosts = tuple(Host(**{**host, "address": IPv4Address(host["address"])}) for host in plain["hosts"])
-        account = Account(**{**plain["account"], "groups": tuple(plain["account"]["groups"])})
-        return cls(**{**plain, "hosts": hosts, "account": account})
+        accounts = tuple(Account(**account) for account in plain["accounts"])
+        return cls(**{**plain, "hosts": hosts, "accounts": accounts})
