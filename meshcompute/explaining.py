@@ -293,7 +293,7 @@ def _view() -> View:
     return ClientView(
         {address: worker["resources"] for address, worker in identity["workers"].items()},
         client.sync(client.scheduler.who_has, keys=keys) if keys else {},
-        client.sync(client.scheduler.nbytes, keys=keys) if keys else {},
+        client.sync(client.scheduler.nbytes, keys=keys, summary=False) if keys else {},
     )
 
 

@@ -180,7 +180,9 @@ def _place(
     present: Iterable[str],
 ) -> dict[Key, str]:
     """Translate keys to integers, place, translate back."""
-    keys = [*tasks, *(key for key in known if key not in tasks)]
+    # In an order that is the same in every process: where two plans cost the same, explain() and the scheduler must
+    # choose the same one, and the order of Dask's own graphs depends on the hashes of strings.
+    keys = sorted({*tasks, *known}, key=str)
     index = {key: i for i, key in enumerate(keys)}
     names = sorted({p for pin in pins.values() for p in pin.pools} | {p for seen in known.values() for p in seen.pools})
     number = {name: i for i, name in enumerate(names)}
@@ -203,7 +205,7 @@ def _place(
             continue
         task = tasks.get(key)
         deps = task.dependencies if task is not None else ()
-        dependencies.append([index[d] for d in deps if d in index])
+        dependencies.append(sorted([index[d] for d in deps if d in index]))
         pin = pins.get(key)
         if pin is not None:
             pinned.append(numbers(pin.pools))

@@ -11,7 +11,7 @@ Where an estimate comes from, the first that applies::
     a block of an array layer                  chunk shape times bytes per element; see _Blocks.of
     an alias, a fused task                     what it stands for
     slices, concatenations, finalize           computed from the inputs
-    P2P transfer and barrier / unpack          a number / an equal share of what was transferred
+    P2P transfer / barrier / unpack            what it sends / a number / an equal share of what was sent
     first steps of a table's reductions        a row, or a share of the groups: guesses, but smaller than a table
     a table's part read from files             the files' size, where dask.dataframe knows it
     anything else                              as large as its largest input; without inputs, Dask's default size
@@ -23,6 +23,7 @@ be seen. Arrays of objects count eight bytes per element, as Dask itself counts 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -36,7 +37,7 @@ from dask.utils import parse_bytes
 
 __all__ = ["estimate_nbytes"]
 
-_NUMBER_NBYTES = 28  # sys.getsizeof of a Python int: what transfer and barrier tasks of a P2P shuffle return
+_NUMBER_NBYTES = 28  # sys.getsizeof of a Python int: what the barrier of a P2P shuffle returns
 _NONE_NBYTES = 16  # sys.getsizeof(None)
 _DICT_NBYTES = {2: 320, 3: 402}  # dask.sizeof of a dict with so many empty arrays, as mean and var hand on
 _COUNT_NBYTES = 8  # an int64 or a float64 per element
@@ -112,6 +113,8 @@ class _Blocks:
         """
         stated = layer.collection_annotations or {}
         dtype, chunks = stated.get("dtype"), stated.get("chunks")
+        if chunks is not None and (per_loop := _core_nbytes(layer, len(chunks), layers)) is not None:
+            return cls(chunks, 0, per_loop, 0)
         itemsize = getattr(dtype, "itemsize", None)
         if itemsize is None or chunks is None:
             return None
@@ -124,11 +127,8 @@ class _Blocks:
         if name in _STORINGS and not options.get("return_stored", False):
             return cls(chunks, itemsize, 0, _NONE_NBYTES)
         axes = _axes(options.get("axis"), len(chunks))
-        length = (
-            abs(options["k"])
-            if name in {"topk", "topk_aggregate", "argtopk", "argtopk_aggregate"} and "k" in options
-            else 1
-        )
+        is_topk = name in {"topk", "topk_aggregate", "argtopk", "argtopk_aggregate"} and "k" in options
+        length = abs(options["k"]) if is_topk else 1
         if axes and options.get("keepdims") is True and (isinstance(layer, Blockwise) or length > 1):
             chunks = tuple(
                 tuple([length if isinstance(layer, MaterializedLayer) else min(length, n) for n in lengths])
@@ -138,6 +138,19 @@ class _Blocks:
             )
         per_element, per_block = _content(name, options, itemsize, sample, layers)
         return cls(chunks, itemsize, per_element, per_block)
+
+
+def _core_nbytes(layer: Layer, n_loops: int, layers: Mapping[str, Layer]) -> float | None:
+    """Return the bytes per loop index of what ``apply_gufunc`` hands to its outputs, None for other layers.
+
+    The chunks that it states are those of the loop dimensions; its outputs, named after it, know the core dimensions.
+    """
+    name, _, token = layer.output.rpartition("-") if isinstance(layer, Blockwise) else ("", "", "")
+    outputs = [o for i in range(8) if name and (o := layers.get(f"{name}_{i}-{token}")) is not None]
+    stated = [o.collection_annotations or {} for o in outputs]
+    if not stated or any(len(s.get("chunks", ())) < n_loops or "dtype" not in s for s in stated):
+        return None
+    return float(sum(s["dtype"].itemsize * math.prod(n[0] for n in s["chunks"][n_loops:]) for s in stated))
 
 
 def _known(nbytes: float) -> float | None:
@@ -259,7 +272,7 @@ class _Estimate:
         self.default = float(parse_bytes(dask.config.get("distributed.scheduler.default-data-size", "1kiB")))
         self.blocks_by_name: dict[Any, _Blocks | None] = {}
         self.shapes: dict[Key, tuple[tuple[float, ...], float]] = {}
-        self.readers: dict[Key, int] | None = None
+        self.readers: Counter[Key] | None = None
         self.sizes: dict[Key, float] = {}
         self._estimate()
 
@@ -366,7 +379,7 @@ class _Estimate:
         if name in _SLICINGS and (nbytes := self._sliced(key, task)) is not None:
             return nbytes
         if (getattr(function, "__module__", None) or "").startswith("distributed.shuffle"):
-            return self._shuffled(name, task)
+            return self._shuffled(name, task, inputs)
         if name in _STORINGS and not task.kwargs.get("return_stored", False):
             return _NONE_NBYTES
         if not inputs:
@@ -400,22 +413,18 @@ class _Estimate:
         self.shapes[key] = sliced, itemsize
         return nbytes
 
-    def _shuffled(self, name: str, task: Task) -> float:
-        """Return the size of what a task of a P2P shuffle returns."""
+    def _shuffled(self, name: str, task: Task, inputs: Sequence[float]) -> float:
+        """Return what a task of a P2P shuffle sends (a transfer, by itself) or returns (the others)."""
+        if name.endswith("transfer"):
+            return sum(inputs)
         if not name.endswith("unpack"):
             return _NUMBER_NBYTES
         if self.readers is None:
-            self.readers = {}
-            for node in self.dsk.values():
-                if isinstance(node, Task) and getattr(node.func, "__name__", "").endswith("unpack"):
-                    for barrier in node.dependencies:
-                        self.readers[barrier] = self.readers.get(barrier, 0) + 1
-        total = 0.0
-        for barrier in task.dependencies:
-            for transfer in self.dsk[barrier].dependencies if barrier in self.dsk else ():
-                for source in self.dsk[transfer].dependencies if transfer in self.dsk else ():
-                    total += self.sizes.get(source, self.default) / self.readers.get(barrier, 1)
-        return total or self.default
+            names = ((getattr(getattr(node, "func", None), "__name__", ""), node) for node in self.dsk.values())
+            self.readers = Counter(b for name, node in names if name.endswith("unpack") for b in node.dependencies)
+        barriers = [barrier for barrier in task.dependencies if barrier in self.dsk]
+        sent = ((self.sizes.get(t, self.default), b) for b in barriers for t in self.dsk[b].dependencies)
+        return sum(nbytes / self.readers[barrier] for nbytes, barrier in sent) or self.default
 
     def _root(self, key: Key, task: Task) -> float:
         """Estimate a task without inputs: as large as the data that it is called with, if any."""
@@ -445,23 +454,15 @@ def _file_nbytes(value: Any, depth: int = 4) -> float:
 
 
 def _condensed(function: Any, nbytes: float) -> float | None:
-    """Return the size of a part of a table after a reduction's first step, None for other functions.
-
-    References
-    ----------
-    dask/dataframe/dask_expr/_reductions.py, dask/dataframe/groupby.py,
-    dask/dataframe/dask_expr/_groupby.py.
-    """
+    """Return the size of a part of a table after a reduction's first step, None for other functions."""
+    # See dask/dataframe: dask_expr/_reductions.py, groupby.py, dask_expr/_groupby.py.
     module = getattr(function, "__module__", None) or ""
     if module == "dask.dataframe.dask_expr._reductions":
         reduction = getattr(getattr(function, "__self__", None), "__name__", "")
         return min(_ROW_NBYTES, nbytes) if reduction in _ROW_REDUCTIONS else None
     name = getattr(function, "__name__", "")
-    if (
-        module.startswith("dask.dataframe")
-        and "groupby" in module
-        and ("chunk" in name or name == "_groupby_apply_funcs")
-    ):
+    is_step = "chunk" in name or name == "_groupby_apply_funcs"
+    if is_step and module.startswith("dask.dataframe") and "groupby" in module:
         return _SHARE_OF_GROUPS * nbytes
     return None
 

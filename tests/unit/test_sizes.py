@@ -242,7 +242,7 @@ def test_a_table_s_part_has_the_size_of_the_files_it_is_read_from_where_that_is_
     assert sizes == {known.key: 5000.0, fused.key: 10_000.0, unknown.key: DEFAULT_NBYTES}
 
 
-def test_p2p_rechunk_hands_on_blocks_and_little_else() -> None:
+def test_p2p_rechunk_sends_blocks_and_hands_on_little_else() -> None:
     distributed_shuffle = pytest.importorskip("distributed.shuffle._rechunk")
     x = array()
     y = distributed_shuffle.rechunk_p2p(
@@ -250,9 +250,25 @@ def test_p2p_rechunk_hands_on_blocks_and_little_else() -> None:
     )
     sizes = estimate_nbytes(plain_graph(y), layers_of(y))
     assert {size for key, size in sizes.items() if key[0] == y.name} == {60 * 60 * 25 * 8.0}
-    small = [size for key, size in sizes.items() if "transfer" in str(key) or "barrier" in str(key)]
+    sent = [size for key, size in sizes.items() if "transfer" in str(key)]
+    assert sum(sent) == x.nbytes
+    small = [size for key, size in sizes.items() if "barrier" in str(key)]
     assert small
     assert max(small) < SLACK_NBYTES
+
+
+def test_a_gufunc_s_blocks_have_its_core_dimensions() -> None:
+    x = array("f4").rechunk((10, 60, 50))
+    both = da.apply_gufunc(
+        lambda v: (np.repeat(v, 3, axis=-1), v.sum(axis=(-2, -1))),
+        "(i,j)->(i,k),()",
+        x,
+        output_dtypes=("f4", "f4"),
+        output_sizes={"k": 150},
+    )
+    for y in (both[0], da.apply_gufunc(np.transpose, "(i,j)->(j,i)", x[0], output_dtypes="f4")):
+        assert not misjudged(fused_graph(y), layers_of(y))
+        assert not misjudged(plain_graph(y), layers_of(y))
 
 
 def test_p2p_shuffle_hands_on_equal_shares() -> None:
@@ -268,7 +284,8 @@ def test_p2p_shuffle_hands_on_equal_shares() -> None:
         dsk["unpack", i] = Task(("unpack", i), shuffle_unpack, "id", i, dsk["barrier"].ref())
     sizes = estimate_nbytes(dsk, {})
     assert [sizes["unpack", i] for i in range(4)] == [6000.0] * 4
-    assert sizes["barrier"] == sizes["transfer", 0] == 28
+    assert sizes["transfer", 0] == 8000
+    assert sizes["barrier"] == 28
 
 
 def test_unknown_chunks_and_odd_layers_are_no_error() -> None:
