@@ -41,6 +41,7 @@ OPEN_TIMEOUT_SECONDS = 30.0  # jump hosts and slow name servers included
 STOP_TIMEOUT_SECONDS = 2.0
 POLL_SECONDS = 0.01
 NO_SUCH_COMMAND = 127  # as every shell says it
+ANSWERS = (0, 1)  # meshcompute-site ping: the daemon can do its work, or not all of it
 SSH_FAILED = 255  # as ssh says that the failure was its own
 
 SSH_OPTIONS = (
@@ -381,7 +382,7 @@ async def diagnose(
     finally:
         await _end(process)
     written = stderr.decode(errors="replace")
-    if process.returncode == 0:
+    if process.returncode in ANSWERS:
         return None
     if process.returncode == SSH_FAILED:
         return SiteUnreachableError(site, *cause_of_ssh(written))
@@ -391,14 +392,8 @@ async def diagnose(
             "command must be on the PATH of logins without a terminal"
         )
         return SiteUnreachableError(site, "not_installed", message)
-    said = (
-        " ".join((written or stdout.decode(errors="replace")).split())
-        or f"meshcompute-site ping ended with {process.returncode}"
-    )
-    message = (
-        f"no control daemon answers at {address.socket}; its operator starts it with systemctl start meshcompute-site "
-        f"({said})"
-    )
+    said = " ".join((written or stdout.decode(errors="replace")).split()) or f"exit code {process.returncode}"
+    message = f"no control daemon answers there; ask its operator to look at this: {said}"
     return SiteUnreachableError(site, "no_daemon", message)
 
 

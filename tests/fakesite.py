@@ -1,17 +1,12 @@
 """A site's daemon that only remembers: the protocol on a unix socket, with nothing behind it.
 
 Covers what the client side must cope with: every answer of the protocol, and a daemon that is slow, old, or breaks
-connections. Does not run workers. Also a program, in the place of ``meshcompute-site`` on a host that a test logs
-in to: ``fakesite.py ping|connect --socket PATH``.
+connections. Does not run workers.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
-import socket
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -191,40 +186,3 @@ def _answer(model: Any) -> web.Response:
 def _error(kind: str, message: str) -> web.Response:
     body = ErrorResponse(error=ErrorInfo(kind=kind, message=message))
     return web.Response(text=body.model_dump_json(), status=STATUS_BY_ERROR_KIND[kind], content_type="application/json")
-
-
-def _connect(path: str) -> int:
-    with socket.socket(socket.AF_UNIX) as there:
-        there.connect(path)
-
-        def upwards() -> None:
-            while block := sys.stdin.buffer.raw.read(1 << 16):
-                there.sendall(block)
-            there.shutdown(socket.SHUT_WR)
-
-        threading.Thread(target=upwards, daemon=True).start()
-        while block := there.recv(1 << 16):
-            sys.stdout.buffer.write(block)
-            sys.stdout.buffer.flush()
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("verb", choices=["ping", "connect"])
-    parser.add_argument("--socket", required=True)
-    arguments = parser.parse_args()
-    try:
-        if arguments.verb == "connect":
-            return _connect(arguments.socket)
-        with socket.socket(socket.AF_UNIX) as there:
-            there.connect(arguments.socket)
-    except OSError as exc:
-        print(f"{arguments.socket}: {exc.strerror}", file=sys.stderr)
-        return 1
-    print(json.dumps({"is_healthy": True}))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

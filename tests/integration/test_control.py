@@ -20,7 +20,7 @@ from meshcompute.control import SiteClient, SiteControl
 from meshcompute.protocol import ClusterSpec, ErrorInfo
 from meshcompute.sites import SiteRefusedError, SiteUnreachableError, parse_site
 
-SITE_COMMAND = f"{sys.executable} {Path(__file__).parents[1] / 'fakesite.py'}"
+SITE_COMMAND = f"{sys.executable} -c 'from controlplane.cli import main; main()'"
 SPEC = ClusterSpec(name="test", epoch=1, role="site", prefix="fda5:c0ff:eeee::/48", site=1)
 
 
@@ -184,7 +184,7 @@ def test_a_key_that_the_site_does_not_know_is_refused(sshd, daemon):
 def test_a_host_without_a_daemon_is_told_from_one_that_forbids_forwarding(sshd, tmp_path):
     failure = failure_of(control(sshd, tmp_path / "missing.sock"))
     assert failure.cause == "no_daemon"
-    assert "missing.sock: No such file or directory" in str(failure)
+    assert f"There is no socket {tmp_path}/missing.sock" in str(failure)
     assert "systemctl start meshcompute-site" in str(failure)
 
 

@@ -1,0 +1,474 @@
+"""One Dask cluster over several data centres: :class:`MeshCluster`.
+
+Covers the composition: sites (:mod:`meshcompute.meshsites`), the scheduler and the workers as Dask sees them, scaling,
+and that everything is taken down whatever happens here. Does not cover what happens when this process is killed: then
+every site ends its part when its lease is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import logging
+import secrets
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Generator, Mapping, Sequence
+from os import getpid
+from typing import Any, Self
+
+import dask
+from distributed.core import Status, rpc
+from distributed.deploy.cluster import Cluster
+from distributed.utils import NoOpAwaitable
+
+from meshcompute.clusterrecord import ClusterRecord, find_record, forget, process_started, remember
+from meshcompute.control import SiteControl
+from meshcompute.errors import MeshError
+from meshcompute.localports import choose_port
+from meshcompute.meshplan import PREFIX_BITS, SCHEDULER_SITE, MeshPlan, parse_prefix, prefix_of, why_failed
+from meshcompute.meshsites import MeshSites, SiteStartError, attached_sites
+from meshcompute.protocol import DEFAULT_SOCKET, SchedulerRequest, WorkerRequest
+from meshcompute.scaling import share_workers
+from meshcompute.sites import SiteError, parse_site
+from meshcompute.sitescaling import Scaler
+from meshcompute.versions import installed_versions, render_versions
+
+__all__ = ["MeshCluster"]
+
+logger = logging.getLogger("meshcompute.cluster")
+
+CLIENT_PORT = 8786  # Dask's own, so that Client("localhost:8786") finds the cluster
+DASHBOARD_PORT = 8787
+START_TIMEOUT_SECONDS = 120.0
+WORKER_LOOK_SECONDS = 0.05
+STATUS_LOOK_SECONDS = 1.0
+REMOVE_ALL_SECONDS = 60.0
+
+_OPEN: weakref.WeakSet[MeshCluster] = weakref.WeakSet()
+
+
+class MeshCluster(Cluster):
+    """A Dask cluster whose workers are in several data centres.
+
+    Parameters
+    ----------
+    sites
+        ``user@host[:port]`` of each site, in the order in which they are numbered from 1.
+    prefix
+        Of the data plane, e.g. ``fda5:c0ff:eeee``; a random one by default.
+    allow_partial
+        Whether to go on without sites that cannot be had.
+    name
+        What people call the cluster.
+    workers
+        What every site should run; its own defaults by default (one container of four processes).
+    client_port, dashboard_port
+        Ports of this host's loopback address; None takes 8786 and 8787, or free ones if those are taken.
+    image
+        Image of the scheduler.
+    lease_seconds
+        How long a site keeps its part without hearing from here.
+    mtu
+        Of the data plane.
+    start_timeout_seconds
+        How long everything together may take to be ready.
+    scheduler
+        How this host's own daemon is reached.
+    socket
+        Path of the daemons' sockets.
+    ssh
+        OpenSSH's client and arguments of its own, e.g. ``("ssh", "-F", file)``.
+    site_command
+        How ``meshcompute-site`` is called at the sites.
+    propagate
+        Whether clients of this process place every task, as ``propagate_pools()`` does, while this cluster runs.
+    quiet
+        Whether nothing is printed.
+    progress
+        Called with each line instead of printing it.
+    asynchronous
+        Whether this is used in coroutines: ``async with MeshCluster([...], asynchronous=True)``.
+    loop
+        Event loop to use.
+
+    Notes
+    -----
+    It is ready when all workers are registered and every link has shaken hands. Leases are renewed in the background;
+    closing it, Ctrl-C and the end of the process take everything down.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[str],
+        *,
+        prefix: str | None = None,
+        allow_partial: bool = False,
+        name: str | None = None,
+        workers: WorkerRequest | None = None,
+        client_port: int | None = None,
+        dashboard_port: int | None = None,
+        image: str | None = None,
+        lease_seconds: float = 120.0,
+        mtu: int = 1280,
+        start_timeout_seconds: float = START_TIMEOUT_SECONDS,
+        scheduler: str = "local",
+        socket: str = DEFAULT_SOCKET,
+        ssh: Sequence[str] = ("ssh",),
+        site_command: str = "meshcompute-site",
+        propagate: bool = True,
+        quiet: bool = False,
+        progress: Callable[[str], None] | None = None,
+        asynchronous: bool = False,
+        loop: Any = None,
+    ) -> None:
+        if isinstance(sites, str) or not sites:
+            raise ValueError(f"sites is a list with at least one user@host, not {sites!r}")
+        addresses = [parse_site(scheduler, socket=socket), *(parse_site(site, socket=socket) for site in sites)]
+        controls = {number: SiteControl(a, ssh=ssh, site_command=site_command) for number, a in enumerate(addresses)}
+        cluster_id = uuid.uuid4().hex
+        plan = MeshPlan(
+            cluster_id=cluster_id,
+            name=name or f"mesh-{cluster_id[:8]}",
+            prefix=parse_prefix(prefix) if prefix else prefix_of(secrets.randbits(PREFIX_BITS)),
+            members=(),
+            scheduler=SchedulerRequest(client_port=client_port or CLIENT_PORT, image=image),
+            lease_seconds=lease_seconds,
+            mtu=mtu,
+        )
+        self.mesh = MeshSites(
+            controls, plan, workers=workers or WorkerRequest(), allow_partial=allow_partial, say=self._say
+        )
+        self._ports = (client_port, dashboard_port)
+        self._ssh, self._site_command, self._socket = tuple(ssh), site_command, socket
+        self._start_timeout_seconds = start_timeout_seconds
+        self._propagate = propagate
+        self._progress = progress
+        self._setup(name=plan.name, quiet=quiet, asynchronous=asynchronous, loop=loop, owns=True)
+
+    def _setup(self, *, name: str, quiet: bool, asynchronous: bool, loop: Any, owns: bool) -> None:
+        self._owns = owns
+        self._began = time.monotonic()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._boot: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._scaler = Scaler(self, self.mesh, timeout_seconds=self._start_timeout_seconds, say=self._say)
+        self._setting: Any = None
+        super().__init__(asynchronous=asynchronous, loop=loop, quiet=quiet, name=name)
+        _OPEN.add(self)
+        if not self.asynchronous:
+            self._loop_runner.start()
+            try:
+                self.sync(self._start)
+            except BaseException:
+                self.close()
+                raise
+
+    def __await__(self) -> Generator[Any, None, Self]:
+        async def started() -> Self:
+            if self.status == Status.created:
+                await self._start()
+            return self
+
+        return started().__await__()
+
+    @classmethod
+    def from_name(cls, name: str | None = None, *, asynchronous: bool = False, loop: Any = None) -> MeshCluster:
+        """Attach to a cluster that another process of this person keeps on this host.
+
+        Parameters
+        ----------
+        name
+            Its name; None for the only one that there is.
+        asynchronous
+            As for a new cluster.
+        loop
+            As for a new cluster.
+
+        Returns
+        -------
+        MeshCluster
+            Closing it lets go of the cluster and does not end it. It cannot be scaled from here.
+
+        Raises
+        ------
+        UnknownClusterError
+            There is none of that name.
+        """
+        record = find_record(name)
+        self = cls.__new__(cls)
+        self.mesh = attached_sites(record, say=self._say)
+        self._progress = None
+        self._propagate = True
+        self._record = record
+        self._start_timeout_seconds = START_TIMEOUT_SECONDS
+        self._setup(name=record.name, quiet=True, asynchronous=asynchronous, loop=loop, owns=False)
+        return self
+
+    # Starting
+
+    async def _start(self) -> None:
+        self._boot = asyncio.create_task(self._boot_all() if self._owns else self._attach())
+        try:
+            await self._boot
+        except BaseException:
+            await self._close()
+            raise
+
+    async def _attach(self) -> None:
+        await self.mesh.refresh()
+        self.scheduler_comm = rpc(self._record.client_address)
+        await super()._start()
+        self._set_propagate()
+
+    async def _boot_all(self) -> None:
+        deadline = self._began + self._start_timeout_seconds
+        mesh = self.mesh
+        await mesh.reach()
+        self._say_versions()
+        client_port = choose_port("scheduler", self._ports[0], CLIENT_PORT)
+        dashboard_port = choose_port("dashboard", self._ports[1], DASHBOARD_PORT, but_not=client_port)
+        request = mesh.plan.scheduler.model_copy(update={"client_port": client_port, "dashboard_port": dashboard_port})
+        mesh.set_scheduler(request)
+        mesh.on_lost = self._on_lost
+        self._in_background(mesh.renew_forever())
+        await mesh.start(deadline=deadline)
+        status = mesh.scheduler_status
+        assert status is not None
+        assert status.scheduler is not None
+        self.scheduler_comm = rpc(status.scheduler.client_address)
+        await super()._start()
+        await self._wait_registered(deadline)
+        self._set_propagate()
+        remember(self._as_record())
+        self._say(f"ready: {len(mesh.worker_names)} workers, scheduler at {status.scheduler.client_address}")
+        if status.scheduler.dashboard_address:
+            self._say(f"dashboard at {status.scheduler.dashboard_address}")
+
+    def _set_propagate(self) -> None:
+        if self._propagate:
+            import meshcompute.clients  # noqa: F401 - hooks the clients that the setting is for
+
+            self._setting = dask.config.set({"meshcompute.propagate": True})
+
+    def _say_versions(self) -> None:
+        infos = self.mesh.infos
+        names = {name for info in infos.values() for name in info.packages}
+        places = {"client": installed_versions(names), "scheduler": infos[SCHEDULER_SITE].packages}
+        places |= {info.pool: info.packages for site, info in infos.items() if site != SCHEDULER_SITE}
+        table = render_versions(places)
+        if table:
+            self._say(f"versions differ (work goes on; the same everywhere is safer):\n{table}")
+
+    async def _wait_registered(self, deadline: float) -> None:
+        """Wait until every worker that the sites run is registered at the scheduler."""
+        next_status = time.monotonic() + STATUS_LOOK_SECONDS
+        told = 0
+        while missing := self.mesh.worker_names - self.observed:
+            n_here = len(self.mesh.worker_names) - len(missing)
+            if n_here > told:
+                told = n_here
+                self._say(f"{told} of {len(self.mesh.worker_names)} workers")
+            if time.monotonic() > next_status:
+                await self.mesh.refresh()
+                next_status = time.monotonic() + STATUS_LOOK_SECONDS
+            for site, status in self.mesh.statuses.items():
+                theirs = sorted(missing & {worker.name for worker in status.workers})
+                if theirs and status.phase == "failed":
+                    raise SiteStartError(self.mesh.name_of(site), why_failed(status))
+                if theirs and time.monotonic() > deadline:
+                    message = (
+                        f"{', '.join(theirs)} did not register within {self._start_timeout_seconds:g} s; what they "
+                        f"wrote last:\n{await self._log_tail(site, theirs[0])}"
+                    )
+                    raise SiteStartError(self.mesh.name_of(site), message)
+            await asyncio.sleep(WORKER_LOOK_SECONDS)
+
+    async def _log_tail(self, site: int, worker: str) -> str:
+        try:
+            return await self.mesh.logs(site, worker, 15)
+        except SiteError as exc:
+            return f"(no log: {exc})"
+
+    def _as_record(self) -> ClusterRecord:
+        mesh = self.mesh
+        status = mesh.scheduler_status
+        assert status is not None
+        assert status.scheduler is not None
+        sites = {site: str(control.address) for site, control in mesh.controls.items()}
+        return ClusterRecord(
+            name=self.name,
+            cluster_id=mesh.plan.cluster_id,
+            prefix=mesh.plan.prefix,
+            scheduler=sites.pop(SCHEDULER_SITE),
+            sites=sites,
+            pools={site: info.pool for site, info in mesh.infos.items()},
+            socket=self._socket,
+            ssh=self._ssh,
+            site_command=self._site_command,
+            client_address=status.scheduler.client_address or "",
+            dashboard_address=status.scheduler.dashboard_address,
+            pid=getpid(),
+            pid_started=process_started(getpid()),
+        )
+
+    # Ending
+
+    def _on_lost(self, site: int, error: SiteError) -> None:
+        self._say(f"{error} (lost for good)")
+        if site == SCHEDULER_SITE:
+            self._say("the scheduler is gone: ending the rest")
+            self._in_background(self._close())
+
+    async def _close(self) -> None:
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
+        was_booting = self._boot is not None and not self._boot.done()
+        if was_booting:
+            assert self._boot is not None
+            self._boot.cancel()
+            await asyncio.wait([self._boot])
+        self._scaler.stop()
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        if self._setting is not None:
+            self._setting.__exit__(None, None, None)
+        with contextlib.suppress(OSError):  # the scheduler may be gone already
+            await super()._close()
+        if not self._owns:
+            await self.mesh.disconnect()
+        else:
+            is_gone = await self.mesh.remove()
+            forget(self.name)
+            self._say("everything is taken down" if is_gone else "the rest goes by itself, see above")
+        self.status = Status.closed
+        _OPEN.discard(self)
+
+    def close(self, timeout: float | None = None) -> Any:
+        """Take the cluster down everywhere, and say so. Calling it again does nothing.
+
+        Parameters
+        ----------
+        timeout
+            How long to wait for it, in seconds.
+        """
+        if self.status == Status.closed:
+            return NoOpAwaitable() if self.asynchronous else None
+        result = super().close(REMOVE_ALL_SECONDS if timeout is None else timeout)
+        if not self.asynchronous:
+            self._loop_runner.stop()
+        return result
+
+    # Scaling
+
+    def scale(self, n: int | Mapping[str, int], *, site: str | None = None) -> Any:
+        """Change the number of workers, and wait until the sites have done so.
+
+        Parameters
+        ----------
+        n
+            Worker processes: of all sites together, of one, or by pool. Sites start whole containers.
+        site
+            The pool that is meant; all by default.
+
+        Raises
+        ------
+        ScalingError
+            There is no such number of workers.
+        MeshError
+            There is no such site, or the cluster belongs to another process.
+        """
+        return self.sync(self._scaler.scale, self._wanted_workers(n, site))
+
+    def _wanted_workers(self, n: int | Mapping[str, int], site: str | None) -> dict[int, int]:
+        if isinstance(n, Mapping):
+            return {number: count for pool, count in n.items() for number in self._sites_of(pool)}
+        if site is not None:
+            return dict.fromkeys(self._sites_of(site), n)
+        return share_workers(n, {number: self.mesh.infos[number].pool for number in self._sites_of(None)})
+
+    def _sites_of(self, pool: str | None) -> list[int]:
+        if not self._owns:
+            raise MeshError(f"Cluster {self.name} is kept by another process; scale it there.")
+        pools = {site: info.pool for site, info in self.mesh.infos.items() if site != SCHEDULER_SITE}
+        found = [site for site, name in pools.items() if pool in (None, name)]
+        if not found:
+            raise MeshError(f"Cluster {self.name} has no site {pool!r}; it has {', '.join(pools.values())}.")
+        return found
+
+    def adapt(self, *, minimum: int = 1, maximum: int, site: str | None = None, interval_seconds: float = 5.0) -> None:
+        """Let sites grow while their workers are busy, and shrink while they are idle.
+
+        Parameters
+        ----------
+        minimum, maximum
+            Containers of a site.
+        site
+            The pool that is meant; all by default.
+        interval_seconds
+            How long between two looks.
+        """
+
+        self.sync(self._scaler.adapt, self._sites_of(site), minimum, maximum, interval_seconds)
+
+    # Looking
+
+    @property
+    def dashboard_link(self) -> str:
+        """Address of the dashboard on this host; empty if there is none."""
+        status = self.mesh.scheduler_status
+        return (status.scheduler.dashboard_address or "") if status is not None and status.scheduler is not None else ""
+
+    def site_logs(self, site: str, worker: str | None = None, *, lines: int = 200) -> Any:
+        """Read what workers of a site wrote, from the site itself: also of those that never registered.
+
+        Parameters
+        ----------
+        site
+            The pool.
+        worker
+            Name of a worker; all by default.
+        lines
+            How many lines of each at most.
+
+        Returns
+        -------
+        dict
+            The end of each log, by the worker's name.
+        """
+        return self.sync(self._site_logs, site, worker, lines)
+
+    async def _site_logs(self, pool: str, worker: str | None, lines: int) -> dict[str, str]:
+        sites = [number for number, info in self.mesh.infos.items() if info.pool == pool and number != SCHEDULER_SITE]
+        if not sites:
+            raise MeshError(f"Cluster {self.name} has no site {pool!r}.")
+        names = [(site, one.name) for site in sites for one in self.mesh.statuses[site].workers]
+        wanted = [(site, name) for site, name in names if worker in (None, name)]
+        return {name: await self.mesh.logs(site, name, lines) for site, name in wanted}
+
+    def _in_background(self, coroutine: Any) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _say(self, line: str) -> None:
+        line = f"{time.monotonic() - self._began:6.1f} s  {line}"
+        if self._progress is None:
+            self._log(line)
+        else:
+            self._progress(line)
+
+
+@atexit.register
+def _close_all() -> None:
+    """Take down what a person forgot to close; whoever does not get here is covered by the lease."""
+    for cluster in list(_OPEN):
+        if not cluster.asynchronous and cluster.status != Status.closed:
+            with contextlib.suppress(Exception):
+                cluster.close(timeout=REMOVE_ALL_SECONDS)

@@ -1,0 +1,468 @@
+"""All sites of one cluster, acted on together.
+
+Covers reaching them, driving a boot through the stages of :mod:`meshcompute.meshplan`, renewing leases, changing the
+number of workers, and taking everything down. Does not cover Dask: whether workers are registered, only the scheduler
+knows (:mod:`meshcompute.cluster`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from dataclasses import replace
+
+from meshcompute.clusterrecord import ClusterRecord
+from meshcompute.control import SiteClient, SiteControl
+from meshcompute.meshplan import (
+    SCHEDULER_SITE,
+    STAGES,
+    Member,
+    MeshPlan,
+    Stage,
+    check_members,
+    is_stage_over,
+    learn,
+    links_up,
+    spec_of,
+    why_failed,
+)
+from meshcompute.protocol import MAX_EPOCH, ClusterStatus, SchedulerRequest, SiteInfo, WorkerRequest
+from meshcompute.sites import SiteError, SiteRefusedError, SiteUnreachableError, parse_site
+
+__all__ = ["MeshSites", "SiteStartError", "attached_sites"]
+
+logger = logging.getLogger("meshcompute.cluster")
+
+RENEWALS_PER_LEASE = 6  # of 120 s: every 20 s
+RENEW_TIMEOUT_SECONDS = 10.0
+REMOVE_TIMEOUT_SECONDS = 20.0
+FIRST_LOOK_SECONDS = 0.02
+LAST_LOOK_SECONDS = 0.25
+
+
+class SiteStartError(SiteError, RuntimeError):
+    """A site was reached, and could not do what it was asked to."""
+
+
+class MeshSites:
+    """The sites of one cluster.
+
+    Parameters
+    ----------
+    controls
+        How to reach each site, by its number; 0 is the client's own host.
+    plan
+        The cluster, without members: they become known as the sites are reached.
+    workers
+        What to ask of a site that does not have a request of its own.
+    allow_partial
+        Whether to go on without sites that cannot be had.
+    say
+        Called with one line whenever something became true that a waiting person wants to know.
+
+    Notes
+    -----
+    The constructor stores. :meth:`reach`, :meth:`start` and :meth:`remove` act, in this order; :meth:`remove` may come
+    at any time and undoes whatever there is.
+    """
+
+    def __init__(
+        self,
+        controls: Mapping[int, SiteControl],
+        plan: MeshPlan,
+        *,
+        workers: WorkerRequest,
+        allow_partial: bool = False,
+        say: Callable[[str], None] = logger.info,
+    ) -> None:
+        self.controls = dict(controls)
+        self.plan = plan
+        self.infos: dict[int, SiteInfo] = {}
+        self.statuses: dict[int, ClusterStatus] = {}
+        self.left_out: dict[int, SiteError] = {}
+        self.on_lost: Callable[[int, SiteError], None] = lambda _site, _error: None
+        self._default_workers = workers
+        self._allow_partial = allow_partial
+        self._say = say
+        self._epoch = 0
+        self._epochs: dict[int, int] = {}  # the last one that each site has accepted
+        self._stage: Stage = "keys"
+        self._told: set[int] = set()  # sites that may have something of ours
+        self._is_booting = True
+        self._changing = asyncio.Lock()
+
+    def name_of(self, site: int) -> str:
+        """How people know a site: as they wrote it, and its pool."""
+        written = str(self.controls[site].address)
+        return f"{written} ({self.infos[site].pool})" if site in self.infos else written
+
+    @property
+    def scheduler_status(self) -> ClusterStatus | None:
+        """What the client's own host said last."""
+        return self.statuses.get(SCHEDULER_SITE)
+
+    @property
+    def worker_names(self) -> set[str]:
+        """Names of all workers that the sites should have."""
+        return {worker.name for status in self.statuses.values() for worker in status.workers}
+
+    def set_scheduler(self, request: SchedulerRequest) -> None:
+        """Say what the client's own host should run.
+
+        Parameters
+        ----------
+        request
+            The scheduler and its ports.
+        """
+        self.plan = replace(self.plan, scheduler=request)
+
+    # Booting
+
+    async def reach(self) -> None:
+        """Reach all sites at once, and check that they can make one cluster.
+
+        Raises
+        ------
+        SiteError
+            One of them cannot be had; the first in the order of the arguments.
+        MeshPlanError
+            They do not fit together.
+        """
+
+        async def reach_one(site: int) -> None:
+            begin = time.monotonic()
+            control = self.controls[site]
+            info = await control.open()
+            wanted = "scheduler" if site == SCHEDULER_SITE else "site"
+            if info.role not in (wanted, "both"):
+                message = (
+                    f"its daemon has the role {info.role!r} and {wanted!r} is needed; its operator sets "
+                    f'role = "{wanted}" or "both" in site.toml'
+                )
+                raise SiteStartError(str(control.address), message)
+            self.infos[site] = info
+            way = {"local": "", "forwarding": "", "connect": ", without socket forwarding"}[control.transport]
+            self._say(f"{self.name_of(site)}: reached in {time.monotonic() - begin:.1f} s{way}")
+
+        await self._everywhere(reach_one)
+        members = [
+            Member(
+                site=site,
+                address=str(control.address),
+                pool=self.infos[site].pool,
+                network=self.infos[site].network,
+                hosts=self.infos[site].endpoints,
+            )
+            for site, control in self.controls.items()
+            if site in self.infos
+        ]
+        workers = {site: self._default_workers for site in self.infos if site != SCHEDULER_SITE}
+        self.plan = replace(self.plan, members=tuple(members), workers={**workers, **self.plan.workers})
+        check_members(self.plan)
+
+    async def start(self, *, deadline: float) -> None:
+        """Bring up gateways, the scheduler and the workers.
+
+        Parameters
+        ----------
+        deadline
+            Until when, in seconds of the monotonic clock.
+
+        Raises
+        ------
+        SiteError
+            A site did not do its part.
+        """
+        for stage in STAGES:
+            if stage == "listen" and all(member.network == "loopback" for member in self.plan.members):
+                continue
+            self._stage = stage
+            await self._tell(stage, deadline)
+            self._say(self._stage_line(stage))
+        self._is_booting = False
+
+    def _stage_line(self, stage: Stage) -> str:
+        if stage == "keys":
+            return "gateways made, public keys exchanged"
+        if stage == "listen":
+            return "every gateway knows the others"
+        n_links = sum(len(links_up(self.plan, site, status)[0]) for site, status in self.statuses.items()) // 2
+        return f"{n_links} links have shaken hands" if n_links else "the sites are ready"
+
+    async def _tell(self, stage: Stage, deadline: float, sites: Collection[int] | None = None) -> None:
+        """Tell sites their part, and wait until it is true."""
+        async with self._changing:
+            self._epoch += 1
+            epoch, plan = self._epoch, self.plan
+            scheduler = self.scheduler_status
+            address = scheduler.scheduler.address if scheduler is not None and scheduler.scheduler is not None else None
+
+            async def tell_one(site: int) -> None:
+                spec = spec_of(plan, site, stage, epoch=epoch, scheduler_address=address)
+                self._told.add(site)
+                self.statuses[site] = await self._call(site, lambda client: client.put(plan.cluster_id, spec))
+                self._epochs[site] = epoch
+                await self._wait(site, stage, epoch, deadline)
+
+            await self._everywhere(tell_one, sites)
+            self.plan = learn(self.plan, self.statuses)
+
+    async def _wait(self, site: int, stage: Stage, epoch: int, deadline: float) -> None:
+        pause = FIRST_LOOK_SECONDS
+        while not is_stage_over(self.plan, site, stage, self.statuses[site], epoch=epoch):
+            status = self.statuses[site]
+            if status.phase == "failed":
+                raise SiteStartError(self.name_of(site), why_failed(status))
+            if status.phase in ("removing", "gone"):
+                raise SiteStartError(self.name_of(site), "the cluster was ended there while it booted")
+            if time.monotonic() > deadline:
+                raise SiteStartError(self.name_of(site), f"it was not ready in time. {self._why_not_over(site, stage)}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_LOOK_SECONDS)
+            self.statuses[site] = await self._call(site, lambda client: client.status(self.plan.cluster_id))
+
+    def _why_not_over(self, site: int, stage: Stage) -> str:
+        status = self.statuses[site]
+        _up, down = links_up(self.plan, site, status)
+        if stage == "run" and down:
+            others = " and ".join(str(self.plan.member(other)) for other in down)
+            return (
+                f"There was no handshake with {others}; check that the UDP ports of the sites are open to each other, "
+                "and that their endpoints in site.toml are right."
+            )
+        return why_failed(status)
+
+    async def _everywhere(
+        self, act: Callable[[int], Coroutine[None, None, None]], sites: Collection[int] | None = None
+    ) -> None:
+        """Act at all sites at once; leave out those that fail, if that is allowed, or raise the first failure."""
+        numbers = [site for site in self.controls if sites is None or site in sites]
+        results = await asyncio.gather(*(act(site) for site in numbers), return_exceptions=True)
+        failures = {site: result for site, result in zip(numbers, results, strict=True) if result is not None}
+        for site, failure in failures.items():
+            if not isinstance(failure, SiteError):
+                raise failure
+            if len(failures) > 1:
+                self._say(str(failure))
+            if not (self._allow_partial and self._is_booting) or site == SCHEDULER_SITE:
+                raise next(iter(failures.values()))
+        for site, failure in failures.items():
+            await self._leave_out(site, failure)  # type: ignore[arg-type]  # the loop above has let nothing else by
+        if failures and set(self.controls) == {SCHEDULER_SITE}:
+            raise next(iter(failures.values()))
+
+    async def _leave_out(self, site: int, error: SiteError) -> None:
+        self._say(f"{error}\ngoing on without {self.name_of(site)}")
+        self.left_out[site] = error
+        if site in self._told:
+            await self._remove_one(site)
+        await self.controls.pop(site).close()
+        self.infos.pop(site, None)
+        self.statuses.pop(site, None)
+        self.plan = self.plan.without({site})
+
+    async def _call(
+        self, site: int, request: Callable[[SiteClient], Awaitable[ClusterStatus]], *, attempts: int = 3
+    ) -> ClusterStatus:
+        return await self.controls[site].call(request, attempts=attempts)
+
+    # While it runs
+
+    async def refresh(self) -> None:
+        """Ask every site for its status. Those that do not answer keep their last one."""
+
+        async def refresh_one(site: int) -> None:
+            with contextlib.suppress(SiteUnreachableError):
+                self.statuses[site] = await self._call(site, lambda client: client.status(self.plan.cluster_id))
+
+        await asyncio.gather(*(refresh_one(site) for site in self.controls))
+
+    async def renew_forever(self) -> None:
+        """Renew every site's lease until cancelled; hand round new keys of gateways that had to make one."""
+        async with asyncio.TaskGroup() as tasks:
+            for site in list(self.controls):
+                tasks.create_task(self._renew_one(site), name=f"renew {site}")
+
+    async def _renew_one(self, site: int) -> None:
+        interval = self.plan.lease_seconds / RENEWALS_PER_LEASE
+        silent_since: float | None = None
+        while True:
+            await asyncio.sleep(interval if silent_since is None else interval / 4)
+            if site not in self.controls:
+                return
+            if site not in self._epochs:
+                continue  # it has nothing of ours yet
+            begin = time.monotonic()
+            try:
+                self.statuses[site] = await self._renew(site)
+            except SiteRefusedError as exc:
+                if exc.kind in ("not_found", "conflict"):
+                    self.on_lost(site, exc)
+                    return
+                logger.warning("lease not renewed site=%s error=%s", self.name_of(site), exc)
+            except SiteUnreachableError as exc:
+                if silent_since is None:
+                    silent_since = begin
+                    self._say(f"{exc}; trying on, its lease ends in {self.plan.lease_seconds:g} s")
+            else:
+                if silent_since is not None:
+                    self._say(f"{self.name_of(site)}: back after {time.monotonic() - silent_since:.0f} s")
+                silent_since = None
+                if self.statuses[site].phase in ("removing", "gone"):
+                    self.on_lost(site, SiteStartError(self.name_of(site), "the cluster was ended there"))
+                    return
+                await self._hand_round_new_keys()
+
+    async def _renew(self, site: int) -> ClusterStatus:
+        async def renewal(client: SiteClient) -> ClusterStatus:
+            async with asyncio.timeout(RENEW_TIMEOUT_SECONDS):
+                return await client.renew(self.plan.cluster_id, self._epochs[site])
+
+        try:
+            return await self._call(site, renewal, attempts=2)
+        except SiteRefusedError as exc:
+            if exc.kind != "conflict":
+                raise
+            # A change of ours may have overtaken the renewal, and counts as one; or the cluster has ended there.
+            return await self._call(site, lambda client: client.status(self.plan.cluster_id))
+
+    async def _hand_round_new_keys(self) -> None:
+        learnt = learn(self.plan, self.statuses)
+        if learnt == self.plan or self._changing.locked():
+            return
+        self.plan = learnt
+        self._say("a gateway was made anew: handing its public key round")
+        try:
+            await self._tell("run", time.monotonic() + self.plan.lease_seconds)
+        except SiteError as exc:
+            logger.warning("key not handed round: %s", exc)
+
+    async def set_containers(self, site: int, containers: int, *, deadline: float) -> None:
+        """Ask a site for another number of worker containers, and wait until it is true.
+
+        Parameters
+        ----------
+        site
+            Number of the site.
+        containers
+            How many; at least one.
+        deadline
+            Until when, in seconds of the monotonic clock.
+
+        Raises
+        ------
+        SiteError
+            The site does not want to, or could not in time.
+        """
+        before = self.plan.workers
+        request = before[site].model_copy(update={"containers": containers})
+        self.plan = replace(self.plan, workers={**before, site: request})
+        try:
+            await self._tell("run", deadline, {site})
+        except SiteRefusedError:
+            self.plan = replace(self.plan, workers={**self.plan.workers, site: before[site]})
+            raise
+
+    async def logs(self, site: int, worker: str, lines: int) -> str:
+        """Read the end of a log at a site.
+
+        Parameters
+        ----------
+        site
+            Number of the site.
+        worker
+            Name of a worker, or ``scheduler``.
+        lines
+            How many lines at most.
+
+        Returns
+        -------
+        str
+            What it wrote.
+        """
+        return await self.controls[site].call(lambda client: client.logs(self.plan.cluster_id, worker, lines))
+
+    # Ending
+
+    async def remove(self, *, is_everywhere: bool = False) -> bool:
+        """Take everything down that may be there, and let go of the sites.
+
+        Parameters
+        ----------
+        is_everywhere
+            Whether also sites may have a part of it that were told nothing from here.
+
+        Returns
+        -------
+        bool
+            Whether every site said that nothing is left; else the rest goes when its lease ends.
+        """
+        told = sorted(self.controls if is_everywhere else self._told & set(self.controls))
+        results = await asyncio.gather(*(self._remove_one(site) for site in told))
+        self._told.clear()
+        await self.disconnect()
+        return all(results)
+
+    async def disconnect(self) -> None:
+        """Let go of the sites; the cluster lives on until its leases end."""
+        await asyncio.gather(*(control.close() for control in self.controls.values()))
+
+    async def _remove_one(self, site: int) -> bool:
+        begin = time.monotonic()
+        pause = FIRST_LOOK_SECONDS
+        error: str
+        try:
+            async with asyncio.timeout(REMOVE_TIMEOUT_SECONDS):
+                # The largest epoch: no request of ours that is still on its way can bring anything back.
+                status = await self._call(site, lambda client: client.delete(self.plan.cluster_id, MAX_EPOCH))
+                while status.phase != "gone":
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, LAST_LOOK_SECONDS)
+                    status = await self._call(site, lambda client: client.status(self.plan.cluster_id))
+        except SiteRefusedError as exc:
+            if exc.kind == "not_found":
+                self._say(f"{self.name_of(site)}: removed in {time.monotonic() - begin:.1f} s")
+                return True
+            error = str(exc)
+        except SiteUnreachableError as exc:
+            error = str(exc)
+        except TimeoutError:
+            error = f"{self.name_of(site)} was not done within {REMOVE_TIMEOUT_SECONDS:g} s"
+        else:
+            self._say(f"{self.name_of(site)}: removed in {time.monotonic() - begin:.1f} s")
+            return True
+        self._say(f"{error}; it ends its part by itself within {self.plan.lease_seconds:g} s, with its lease")
+        return False
+
+
+def attached_sites(record: ClusterRecord, *, say: Callable[[str], None]) -> MeshSites:
+    """Find the sites of a cluster that another process keeps.
+
+    Parameters
+    ----------
+    record
+        The cluster.
+    say
+        Called with lines for people.
+
+    Returns
+    -------
+    MeshSites
+        With nothing reached yet.
+    """
+    addresses = {SCHEDULER_SITE: record.scheduler, **record.sites}
+    controls = {
+        number: SiteControl(parse_site(address, socket=record.socket), ssh=record.ssh, site_command=record.site_command)
+        for number, address in addresses.items()
+    }
+    plan = MeshPlan(
+        cluster_id=record.cluster_id,
+        name=record.name,
+        prefix=record.prefix,
+        members=(),
+        scheduler=SchedulerRequest(),
+    )
+    return MeshSites(controls, plan, workers=WorkerRequest(), say=say)
