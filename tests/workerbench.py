@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import socket
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Coroutine
+import warnings
+from collections.abc import Callable, Coroutine, Iterator
+from ipaddress import IPv6Network
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from distributed import Client
+from distributed.versions import VersionMismatchWarning
+from docker.errors import ImageNotFound
 
 from controlplane.workers.base import WorkerRuntime, WorkerSpec
+from controlplane.workers.docker import DockerRuntime
 from controlplane.workers.process import ProcessRuntime
+from docker import DockerClient
 
-__all__ = ["Bench", "ProcessBench"]
+__all__ = ["Bench", "DockerBench", "ProcessBench"]
 
 TIMEOUT_SECONDS = 60
+PREFIX = IPv6Network("fda5:c0ff:eeee:1::/64")
 _T = TypeVar("_T")
 
 
@@ -54,11 +64,15 @@ class Bench:
             self.open(stack)
             self.client_port, self.dashboard_port = _free_ports(2)
             self.runtime = self.new_runtime()
+            stack.callback(lambda: self.do(self.runtime.close()))
             stack.callback(self.stop_all)
             self.scheduler = self.scheduler_spec()
             self.do(self.runtime.start(self.scheduler))
             self.attach(self.scheduler)
-            self.client = stack.enter_context(Client(f"tcp://127.0.0.1:{self.client_port}", timeout=TIMEOUT_SECONDS))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", VersionMismatchWarning)  # patch releases of Python
+                client = Client(f"tcp://127.0.0.1:{self.client_port}", timeout=TIMEOUT_SECONDS)
+            self.client = stack.enter_context(client)
             self._stack = stack.pop_all()
         return self
 
@@ -96,6 +110,11 @@ class Bench:
     def do(self, task: Coroutine[Any, Any, _T]) -> _T:
         """Run a call of the runtime."""
         return asyncio.run(task)
+
+    def opened(self, runtime: WorkerRuntime) -> WorkerRuntime:
+        """Let a runtime object be closed with this bench."""
+        self._stack.callback(lambda: self.do(runtime.close()))
+        return runtime
 
     def wait(self, is_true: Callable[[], object], what: str) -> None:
         """Wait for a state."""
@@ -201,6 +220,162 @@ class ProcessBench(Bench):
             "data_folders": (str(self.data),),
             "deadline_seconds": 120.0,
         }
+
+
+class DockerBench(Bench):
+    """Units are containers of an engine of this bench, joined by a bridge.
+
+    ::
+
+        this host             127.0.0.1:<client port> ── relay ──┐ (enters the scheduler's network)
+        engine's namespaces   bridge ── veth ── scheduler P::1 ──┘
+                                └────── veth ── unit P::11, P::12 …
+
+    The engine has a process number namespace of its own, too, so that everything ends with it: what the engine calls
+    process 5 is found in the engine's own /proc.
+    """
+
+    kind = "docker"
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """See :class:`Bench`."""
+        self._addresses = iter(range(0x11, 0xFF))
+        self._short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mc-")))  # a socket's path is short
+        archive = Path(os.environ["MESHCOMPUTE_WORKER_IMAGE"])
+        self.engine = stack.enter_context(_engine(self._short, stack.enter_context(_data_root(archive))))
+        self.enter("ip link add cluster type bridge && ip link set cluster up")
+        with client_of(self.base_url) as engine:
+            for container in engine.containers.list(all=True):  # of a run that was killed
+                container.remove(force=True)
+            self.image = _load_once(engine, archive)
+
+    @property
+    def base_url(self) -> str:
+        """Address of the engine."""
+        return f"unix://{self._short}/docker.sock"
+
+    def enter(self, script: str) -> None:
+        """Run a script in the engine's namespaces."""
+        command = ["nsenter", f"--target={self.engine}", "--mount", "--net", "--pid", "sh", "-ec", script]
+        ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        assert ran.returncode == 0, f"{script}: {ran.stderr}"
+
+    def new_runtime(self) -> DockerRuntime:
+        """See :class:`Bench`."""
+        proc = f"/proc/{self.engine}/root/proc"
+        return DockerRuntime(self.folder / "run", base_url=self.base_url, image=self.image, proc=proc)
+
+    def attach(self, spec: WorkerSpec) -> None:
+        """See :class:`Bench`."""
+        pid = self.do(self.runtime.observe())[spec.name].pid
+        link = f"v{pid}"
+        self.enter(
+            f"ip link add {link} type veth peer name mesh0 netns {pid}; ip link set {link} master cluster up; "
+            f"nsenter --target={pid} --net sh -ec "
+            f"'ip address add {spec.address}/64 dev mesh0 nodad; ip link set mesh0 up'"
+        )
+
+    def scheduler_spec(self) -> WorkerSpec:
+        """See :class:`Bench`."""
+        return WorkerSpec(
+            name="scheduler",
+            process_names=("scheduler",),
+            role="scheduler",
+            scheduler_address=None,
+            address=PREFIX[1],
+            client_port=self.client_port,
+            dashboard_port=self.dashboard_port,
+            **self._common(),
+        )
+
+    def spec(self, name: str, processes: tuple[int, ...] = (0,)) -> WorkerSpec:
+        """See :class:`Bench`."""
+        return WorkerSpec(
+            name=name,
+            process_names=tuple(map(self.worker, processes)),
+            scheduler_address=f"tcp://[{PREFIX[1]}]:8786",
+            address=PREFIX[next(self._addresses)],
+            **self._common(),
+        )
+
+    def leftovers(self, name: str) -> list[str]:
+        """See :class:`Bench`."""
+        with client_of(self.base_url) as engine:
+            containers = [container.name for container in engine.containers.list(all=True)]
+        files = [str(path) for path in (self.folder / "run").glob(f"{name}*")]
+        return [*files, *(container for container in containers if container == name)]
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "cluster_id": "0123456789abcdef",
+            "pool": self.pool,
+            "site": 1,
+            "threads_per_process": 1,
+            "memory_bytes_per_process": 256 << 20,
+            "uid": 12345,
+            "gid": 23456,
+            "groups": (34567,),
+            "data_folders": (str(self.data),),
+            "deadline_seconds": 120.0,
+        }
+
+
+@contextlib.contextmanager
+def client_of(base_url: str) -> Iterator[DockerClient]:
+    """Talk to an engine."""
+    client = DockerClient(base_url=base_url, timeout=30, version="1.41")
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@contextlib.contextmanager
+def _data_root(archive: Path) -> Iterator[Path]:
+    """Lend the folder in which an engine has loaded the image before: that takes long, and one engine can have it."""
+    root = archive.with_suffix(".engine")
+    root.mkdir(exist_ok=True)
+    with root.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield root
+
+
+def _load_once(engine: DockerClient, archive: Path) -> str:
+    """Load the image of an archive unless this version of it is there; gives its name."""
+    tag = f"meshcompute-tests:{archive.stat().st_mtime_ns}"
+    try:
+        engine.images.get(tag)
+    except ImageNotFound:
+        with archive.open("rb") as image:
+            [loaded] = engine.images.load(image)
+        loaded.tag(tag)
+    return tag
+
+
+@contextlib.contextmanager
+def _engine(folder: Path, data_root: Path) -> Iterator[int]:
+    """Start an engine in namespaces of its own; gives the number of its first process, with which all of it ends."""
+    script = (
+        "mount -t tmpfs tmpfs /run; ip link set lo up; "
+        f"exec dockerd --host unix://{folder}/docker.sock --data-root {data_root} --exec-root {folder}/exec "
+        f"--pidfile {folder}/pid --bridge=none --iptables=false --ip6tables=false"
+    )
+    kinds = ["--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+    command = ["setpriv", "--pdeathsig", "KILL", "unshare", *kinds, "sh", "-ec", script]
+    with (folder / "log").open("ab") as log:
+        host = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + TIMEOUT_SECONDS
+        while not (folder / "docker.sock").exists():
+            alive = host.poll() is None and time.monotonic() < until
+            assert alive, f"no engine: {(folder / 'log').read_text()[-2000:]}"
+            time.sleep(0.05)
+        with client_of(f"unix://{folder}/docker.sock") as engine:
+            engine.ping()
+        yield int(Path(f"/proc/{host.pid}/task/{host.pid}/children").read_text().split()[0])
+    finally:
+        host.kill()
+        host.wait()
 
 
 def _free_ports(number: int) -> list[int]:

@@ -284,3 +284,7 @@ class WorkerRuntime(Protocol):
             The engine does not answer.
         """
         ...
+
+    async def close(self) -> None:
+        """Let go of what this object holds; units stay, and another call opens it again."""
+        ...

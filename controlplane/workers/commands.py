@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlplane.workers.base import WorkerSpec
+from controlplane.workers.entrypoint import EXIT_LEASE_ENDED, EXIT_NO_ADDRESS
 
-__all__ = ["SCHEDULER_DASHBOARD_PORT", "SCHEDULER_PORT", "plan_unit", "spill_bytes_of"]
+__all__ = ["SCHEDULER_DASHBOARD_PORT", "SCHEDULER_PORT", "plan_unit", "reason_of", "spill_bytes_of"]
 
 SCHEDULER_PORT = 8786  # on the data plane, in a network of its own
 SCHEDULER_DASHBOARD_PORT = 8787
@@ -33,6 +34,28 @@ _PRE_SPAWN = {
 def spill_bytes_of(spec: WorkerSpec) -> int:
     """How much one process of a unit may spill, in bytes."""
     return spec.memory_bytes_per_process // SPILL_SHARE
+
+
+def reason_of(exit_code: int | None) -> str:
+    """Say for people why a unit ended.
+
+    Parameters
+    ----------
+    exit_code
+        Of its keeper, or None if that is not known.
+
+    Returns
+    -------
+    str
+        The end of a sentence about the unit.
+    """
+    known = {
+        None: "it has ended",
+        0: "it was told to end",
+        EXIT_LEASE_ENDED: "its lease has ended",
+        EXIT_NO_ADDRESS: f"its address on the data plane did not appear in {ADDRESS_TIMEOUT_SECONDS:g} s",
+    }
+    return known.get(exit_code, f"it ended with code {exit_code}: see its log")
 
 
 def plan_unit(
@@ -83,7 +106,7 @@ def plan_unit(
 def _command(spec: WorkerSpec, name: str, python: str, scratch: str, listener: str | None) -> list[str]:
     if spec.role == "scheduler":
         return [python, "-m", "dask", "scheduler", *_scheduler_options(spec, listener)]
-    host = "127.0.0.1" if spec.address is None else str(spec.address)
+    host = "127.0.0.1" if spec.address is None else f"[{spec.address}]"
     command = [python, "-m", "dask", "worker", str(spec.scheduler_address), "--name", name, "--host", host]
     command += ["--resources", f"pool-{spec.pool}=1", "--nthreads", str(spec.threads_per_process)]
     command += ["--memory-limit", str(spec.memory_bytes_per_process), "--local-directory", f"{scratch}/{name}"]
@@ -97,7 +120,7 @@ def _scheduler_options(spec: WorkerSpec, listener: str | None) -> list[str]:
     if spec.address is None:
         host, port, dashboard_port = "127.0.0.1", spec.client_port, spec.dashboard_port
     else:
-        host, port, dashboard_port = str(spec.address), SCHEDULER_PORT, SCHEDULER_DASHBOARD_PORT
+        host, port, dashboard_port = f"[{spec.address}]", SCHEDULER_PORT, SCHEDULER_DASHBOARD_PORT
     options = ["--host", host, "--port", str(port)]
     if spec.dashboard_port is None:
         options += ["--no-dashboard", "--dashboard-address", "127.0.0.1:0"]

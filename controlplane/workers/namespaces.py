@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["find_namespace", "wrap"]
+__all__ = ["find_namespace", "submounts_of", "wrap"]
 
 # The best first: with the privilege (root), as the user itself, as a mapped root (older tools).
 _NAMESPACES: Sequence[Sequence[str]] = (
@@ -89,6 +89,25 @@ def wrap(
     hide = ["mount", "-t", "tmpfs", "-o", "ro,size=4k,mode=0555", "hidden"]
     lines += [shlex.join([*hide, folder]) for folder in hidden if folder not in views.values()]
     return [*namespace, "sh", "-ec", "\n".join([*lines, 'exec "$@"']), "sh", *wrapped]
+
+
+def submounts_of(folder: str) -> tuple[str, ...]:
+    """List what is mounted below a folder: a mount of the folder itself shows it only if it is mounted, too.
+
+    Parameters
+    ----------
+    folder
+        Its path.
+
+    Returns
+    -------
+    tuple of str
+        Paths below it, with the slash that begins them, outer before inner.
+    """
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    mounts = {line.split()[4].encode().decode("unicode_escape") for line in lines}  # blanks are written as \\040
+    inside = folder.rstrip("/") + "/"
+    return tuple(sorted(mount.removeprefix(inside[:-1]) for mount in mounts if mount.startswith(inside)))
 
 
 def _read_only(folder: str) -> str:

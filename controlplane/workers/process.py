@@ -8,24 +8,23 @@ process that a task has started, and that has left its group, can survive a keep
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from controlplane.workers import entrypoint
-from controlplane.workers.base import PortTakenError, UnitStartError, WorkerSpec, WorkerState
-from controlplane.workers.commands import plan_unit
-from controlplane.workers.namespaces import find_namespace, wrap
+from controlplane.workers.base import UnitStartError, WorkerSpec, WorkerState
+from controlplane.workers.commands import plan_unit, reason_of
+from controlplane.workers.namespaces import find_namespace, submounts_of, wrap
+from controlplane.workers.ports import listen_locally
+from controlplane.workers.processes import ProcessRecord, children_of, is_alive, read_record, record_of, write_record
 from controlplane.workers.runfolder import RunFolder, unknown_unit
 
 __all__ = ["ProcessRuntime"]
@@ -37,15 +36,6 @@ POLL_SECONDS = 0.02
 _SHARED_VARIABLES = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Process:
-    """A process that cannot be mistaken for a later one with the same number."""
-
-    pid: int
-    start_ticks: int
-    boot_id: str
 
 
 class ProcessRuntime:
@@ -86,6 +76,7 @@ class ProcessRuntime:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._namespace: tuple[str, ...] | None = None
         self._has_looked = False
+        self._starting: set[str] = set()
 
     @property
     def is_isolated(self) -> bool:
@@ -98,17 +89,21 @@ class ProcessRuntime:
 
     async def start(self, spec: WorkerSpec) -> WorkerState:
         """Start a unit; see :meth:`.WorkerRuntime.start`."""
-        return await asyncio.to_thread(self._start, spec)
+        self._starting.add(spec.name)
+        try:
+            return await asyncio.to_thread(self._start, spec)
+        finally:
+            self._starting.discard(spec.name)
 
     async def stop(self, name: str, grace_seconds: float) -> None:
         """End a unit and remove its folder; see :meth:`.WorkerRuntime.stop`."""
         self.folder.end(name, grace_seconds)
-        process = self._process(name)
-        family = [] if process is None else [process, *_children_of(process.pid)]
+        process = read_record(self._record(name))
+        family = [] if process is None else [process, *children_of(process.pid)]
         if not await self._wait_until_gone(name, family, grace_seconds + 1):
             logger.info("killing a worker unit that did not end in time name=%s", name)
             for member in family:
-                if _is_alive(member):
+                if is_alive(member):
                     os.kill(member.pid, signal.SIGKILL)
             if not await self._wait_until_gone(name, family, KILL_TIMEOUT_SECONDS):
                 raise UnitStartError(
@@ -129,13 +124,18 @@ class ProcessRuntime:
     async def check_image(self, image: str | None) -> None:
         """Accept every image: processes have none, they run the Python of this host."""
 
+    async def close(self) -> None:
+        """Do nothing: units live without this object; see :meth:`.WorkerRuntime.close`."""
+
     # How
 
     def _start(self, spec: WorkerSpec) -> WorkerState:
         if spec.name in self.folder.names() and (state := self._state(spec.name)).state != "exited":
             return state
         user = _other_user(spec)
-        _check_ports(spec)
+        if spec.role == "scheduler":
+            for listener in listen_locally(spec):
+                listener.close()  # Dask opens it again; would it be taken now, Dask would choose another one
         self._look_at_host()
         scratch = self.folder.folder(spec.name) / "scratch"
         plan = plan_unit(
@@ -148,7 +148,7 @@ class ProcessRuntime:
         command = wrap(
             [self.python, "-I", entrypoint.__file__, str(self.folder.given(spec.name))],
             namespace=self._namespace,
-            views={self.views.get(folder, folder): folder for folder in spec.data_folders},
+            views=self._views(spec.data_folders),
             hidden=self.hidden_folders,
             user=user,
         )
@@ -163,9 +163,7 @@ class ProcessRuntime:
                 start_new_session=True,  # the unit outlives this process, which may be restarted
             )
         self._children[spec.name] = child
-        record = _Process(pid=child.pid, start_ticks=_start_ticks(child.pid) or 0, boot_id=_boot_id())
-        fields = {"pid": record.pid, "start_ticks": record.start_ticks, "boot_id": record.boot_id}
-        (self.folder.folder(spec.name) / "process.json").write_text(json.dumps(fields))
+        write_record(self._record(spec.name), record_of(child.pid))
         logger.info("started a worker unit name=%s pid=%d processes=%d", spec.name, child.pid, len(spec.process_names))
         return self._state(spec.name)
 
@@ -181,10 +179,10 @@ class ProcessRuntime:
 
     def _state(self, name: str) -> WorkerState:
         spec = self.folder.spec(name)
-        process = self._process(name)
+        process = read_record(self._record(name))
         child = self._children.get(name)
         code = None if child is None else child.poll()
-        if process is not None and code is None and _is_alive(process):
+        if process is not None and code is None and is_alive(process):
             return WorkerState(
                 cluster_id=spec.cluster_id,
                 name=name,
@@ -192,21 +190,28 @@ class ProcessRuntime:
                 pid=process.pid,
                 netns=f"/proc/{process.pid}/ns/net",
             )
-        message = "it was started only in part" if process is None else _reason(code)
+        if process is None and name in self._starting:
+            return WorkerState(cluster_id=spec.cluster_id, name=name, state="starting")
+        message = "it was started only in part" if process is None else reason_of(code)
         return WorkerState(cluster_id=spec.cluster_id, name=name, state="exited", exit_code=code, message=message)
 
-    def _process(self, name: str) -> _Process | None:
-        try:
-            return _Process(**json.loads((self.folder.folder(name) / "process.json").read_text()))
-        except (FileNotFoundError, ValueError):
-            return None
+    def _views(self, folders: Sequence[str]) -> dict[str, str]:
+        sources = {self.views.get(folder, folder): folder for folder in folders}
+        return {
+            source + mount: target + mount
+            for source, target in sources.items()
+            for mount in ("", *submounts_of(source))
+        }
 
-    async def _wait_until_gone(self, name: str, family: Sequence[_Process], timeout_seconds: float) -> bool:
+    def _record(self, name: str) -> Path:
+        return self.folder.folder(name) / "process.json"
+
+    async def _wait_until_gone(self, name: str, family: Sequence[ProcessRecord], timeout_seconds: float) -> bool:
         until = self._monotonic() + timeout_seconds
         while True:
             if name in self._children:
                 self._children[name].poll()  # takes note of its end, without which it stays as a zombie
-            if not any(_is_alive(member) for member in family):
+            if not any(is_alive(member) for member in family):
                 return True
             if self._monotonic() > until:
                 return False
@@ -224,15 +229,6 @@ class ProcessRuntime:
             raise unknown_unit(name) from None
 
 
-def _reason(code: int | None) -> str:
-    known = {
-        0: "it was told to end",
-        entrypoint.EXIT_LEASE_ENDED: "its lease has ended",
-        entrypoint.EXIT_NO_ADDRESS: "its address on the data plane did not appear",
-    }
-    return "it has ended" if code is None else known.get(code, f"it ended with code {code}: see its log")
-
-
 def _other_user(spec: WorkerSpec) -> tuple[int, int, tuple[int, ...]] | None:
     """Tell as whom to run, if not as this process's own user."""
     if spec.uid == os.geteuid():
@@ -245,22 +241,6 @@ def _other_user(spec: WorkerSpec) -> tuple[int, int, tuple[int, ...]] | None:
     return spec.uid, spec.gid, spec.groups
 
 
-def _check_ports(spec: WorkerSpec) -> None:
-    """Refuse ports that are taken: Dask would take another one, or fail where nobody looks."""
-    if spec.role != "scheduler" or spec.address is not None:
-        return
-    for port in (spec.client_port, spec.dashboard_port):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port or 0))
-            except OSError as exc:
-                raise PortTakenError(
-                    f"127.0.0.1:{port}, where scheduler {spec.name!r} should be reached, cannot be had "
-                    f"({exc.strerror}): ask for another port, or end what listens there."
-                ) from exc
-
-
 def _environment(user: tuple[int, int, tuple[int, ...]] | None, scratch: Path) -> dict[str, str]:
     if user is None:
         environment = dict(os.environ)
@@ -268,35 +248,3 @@ def _environment(user: tuple[int, int, tuple[int, ...]] | None, scratch: Path) -
         environment.pop("PYTHONPATH", None)
         return environment
     return {name: os.environ[name] for name in _SHARED_VARIABLES if name in os.environ} | {"HOME": str(scratch)}
-
-
-def _boot_id() -> str:
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _stat(pid: int) -> list[str]:
-    """Read the fields of /proc/PID/stat that follow the command's name, from the state on."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def _start_ticks(pid: int) -> int | None:
-    fields = _stat(pid)
-    return int(fields[19]) if fields else None  # field 22 of proc(5)
-
-
-def _is_alive(process: _Process) -> bool:
-    fields = _stat(process.pid)
-    is_same = bool(fields) and int(fields[19]) == process.start_ticks and process.boot_id == _boot_id()
-    return is_same and fields[0] not in "ZX"
-
-
-def _children_of(pid: int) -> list[_Process]:
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    found = [(int(child), _start_ticks(int(child))) for child in children]
-    return [_Process(pid=pid, start_ticks=ticks, boot_id=_boot_id()) for pid, ticks in found if ticks is not None]

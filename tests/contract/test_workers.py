@@ -5,6 +5,7 @@ starts an engine of its own in namespaces of its own, which end with this proces
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,16 +16,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from workerbench import ProcessBench
+from workerbench import DockerBench, ProcessBench
 
 from controlplane.workers.base import PortTakenError, UnitUnknownError, WorkerSpec
 
-BENCHES = {"process": ProcessBench}
+BENCHES = {"process": ProcessBench, "docker": DockerBench}
 
 
-@pytest.fixture(scope="module", params=["process"])
-def bench(request, tmp_path_factory):
+@pytest.fixture(scope="module", params=["process", "docker"])
+def bench(request, tmp_path_factory, need):
     """A runtime with a scheduler in a unit of its own, and a client."""
+    if request.param == "docker":
+        need("root", os.geteuid() == 0)
+        need("a container engine", shutil.which("dockerd"), "apt-get install docker.io")
+        archive = os.environ.get("MESHCOMPUTE_WORKER_IMAGE", "")
+        cure = "scripts/build-image.sh --own-engine --base debootstrap --save FILE; MESHCOMPUTE_WORKER_IMAGE=FILE"
+        need("the archive of the worker image", Path(archive).is_file(), cure)
     folder = tmp_path_factory.mktemp("bench")
     with BENCHES[request.param](folder) as bench:
         yield bench
@@ -68,7 +75,7 @@ def test_a_unit_that_runs_is_observed_and_starting_it_again_changes_nothing(benc
 
 def test_a_new_runtime_object_finds_what_runs(bench, unit):
     bench.wait_for_workers(*unit.process_names)
-    adopted = bench.new_runtime()
+    adopted = bench.opened(bench.new_runtime())
     assert bench.do(adopted.observe())[unit.name] == bench.do(bench.runtime.observe())[unit.name]
     bench.do(adopted.renew(unit.name, 60))
 
@@ -160,7 +167,7 @@ def test_a_unit_that_is_not_renewed_ends_though_nobody_asks_and_is_replaced_when
     bench.wait(lambda: not bench.pids(bench.worker(7)), "the end of the worker")
     assert time.monotonic() > until - 0.5  # the first deadline was replaced by the second
     bench.wait(lambda: bench.do(bench.runtime.observe())[spec.name].state == "exited", "the end of the unit")
-    state = bench.do(bench.new_runtime().observe())[spec.name]
+    state = bench.do(bench.opened(bench.new_runtime()).observe())[spec.name]
     assert state.exit_code in {3, None}
     assert bench.do(bench.runtime.start(spec)).state in {"starting", "running"}
     bench.do(bench.runtime.stop(spec.name, 1))

@@ -1,0 +1,372 @@
+"""Units as containers of this host's Docker engine.
+
+Covers what a container is like and what it may do, starting, adopting and ending containers, and the relay that makes
+a scheduler's ports reachable at localhost. Does not cover the network: a container starts with none, and its link is
+attached to its namespace from outside (:mod:`..network`). ::
+
+    container "<unit>"   uid of the caller, no capability, read-only root, no network but the cluster's
+        docker-init ──► keeper ──► dask worker a-1-0, a-1-1 …
+        /run/meshcompute   the unit's folder, read-only: keeper, plan and lease
+        /scratch, /tmp     tmpfs, bounded; what is in them counts as memory of the container
+        /data/…            as on this host, read-only
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import requests
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
+from docker.types import LogConfig, Mount
+
+import docker
+from controlplane.workers import entrypoint, locallistener, relay
+from controlplane.workers.base import (
+    ImageError,
+    RuntimeUnknownError,
+    UnitStartError,
+    WorkerSpec,
+    WorkerState,
+)
+from controlplane.workers.commands import (
+    SCHEDULER_DASHBOARD_PORT,
+    SCHEDULER_PORT,
+    plan_unit,
+    reason_of,
+    spill_bytes_of,
+)
+from controlplane.workers.namespaces import submounts_of
+from controlplane.workers.ports import listen_locally
+from controlplane.workers.processes import is_alive, read_record, record_of, write_record
+from controlplane.workers.runfolder import RunFolder, unknown_unit
+
+__all__ = ["DockerRuntime", "container_options"]
+
+GIVEN = "/run/meshcompute"  # the unit's folder, as the container sees it
+SCRATCH = "/scratch"
+GRACE_SECONDS = 5.0  # at the end of a lease; stop() says its own
+TMP_BYTES = 64 << 20
+KEEPER_BYTES = 64 << 20  # the keeper and docker-init, and the kernel's own memory for them
+PROCESSES_PER_WORKER = 256  # threads count, too: Dask's own, those of NumPy's libraries, and what tasks start
+ENGINE_TIMEOUT_SECONDS = 30
+LABEL_CLUSTER, LABEL_NAME, LABEL_OWNER = "meshcompute.cluster", "meshcompute.name", "meshcompute.owner"
+LABEL_FOLDER = "meshcompute.folder"  # whose it is: two daemons at one engine leave each other's alone
+
+logger = logging.getLogger(__name__)
+
+
+def container_options(
+    spec: WorkerSpec, *, given: str, folder: str, image: str, mounts: tuple[str, ...]
+) -> dict[str, Any]:
+    """Decide what the container of a unit is like. Pure.
+
+    Parameters
+    ----------
+    spec
+        The unit.
+    given
+        Folder of this host with what the container gets to read.
+    folder
+        Folder of the runtime, which its containers are known by.
+    image
+        Image to use.
+    mounts
+        Folders of this host that it sees, at the same paths.
+
+    Returns
+    -------
+    dict
+        Arguments of the Docker library's ``containers.create``.
+    """
+    number = len(spec.process_names)
+    spill = spill_bytes_of(spec) * number + TMP_BYTES
+    memory = spec.memory_bytes_per_process * number + spill + TMP_BYTES + KEEPER_BYTES
+    owned = f"uid={spec.uid},gid={spec.gid},mode=0700"
+    return {
+        "image": image,
+        "name": spec.name,
+        "hostname": spec.name,
+        "entrypoint": ["python3", "-I", f"{GIVEN}/entrypoint.py"],
+        "command": [GIVEN],
+        "init": True,
+        "restart_policy": {"Name": "no"},  # a container that starts again has lost its link
+        "user": f"{spec.uid}:{spec.gid}",
+        "group_add": [str(group) for group in spec.groups],
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "network_mode": "none",
+        # Without a network Docker switches IPv6 off, and the link that comes later could have no address.
+        "sysctls": {"net.ipv6.conf.all.disable_ipv6": "0", "net.ipv6.conf.default.disable_ipv6": "0"},
+        "mem_limit": memory,
+        "memswap_limit": memory,
+        "nano_cpus": spec.threads_per_process * number * 1_000_000_000,
+        "pids_limit": PROCESSES_PER_WORKER * number,
+        "tmpfs": {SCRATCH: f"size={spill},{owned}", "/tmp": f"size={TMP_BYTES},mode=1777"},  # noqa: S108 - its own
+        "mounts": [
+            Mount(GIVEN, given, type="bind", read_only=True, propagation="rprivate"),
+            *(Mount(path, path, type="bind", read_only=True, propagation="rprivate") for path in mounts),
+        ],
+        "environment": {"HOME": SCRATCH},
+        "labels": {
+            LABEL_CLUSTER: spec.cluster_id,
+            LABEL_NAME: spec.name,
+            LABEL_OWNER: spec.owner,
+            LABEL_FOLDER: folder,
+        },
+        "log_config": LogConfig(type="json-file", config={"max-size": "8m", "max-file": "2"}),
+    }
+
+
+class DockerRuntime:
+    """Start units as containers.
+
+    Parameters
+    ----------
+    folder
+        Where the units have their folders, which containers see in part. Whoever can write it can end them.
+    base_url
+        The engine's socket. Who may use it is as powerful as root.
+    image
+        The image of units that name none.
+    proc
+        Where the engine's /proc is seen, if its process numbers are not those of this process.
+    monotonic
+        Reads CLOCK_MONOTONIC, in seconds.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        base_url: str = "unix:///var/run/docker.sock",
+        image: str = "meshcompute-worker:latest",
+        proc: str = "/proc",
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder = RunFolder(Path(folder).absolute(), monotonic)
+        self.base_url = base_url
+        self.image = image
+        self.proc = proc
+        self._client: Any = None
+        self._starting: set[str] = set()
+        self._relays: dict[str, subprocess.Popen[bytes]] = {}
+
+    async def observe(self) -> dict[str, WorkerState]:
+        """Look at all containers of this runtime; see :meth:`.WorkerRuntime.observe`."""
+        return await asyncio.to_thread(self._observe)
+
+    async def start(self, spec: WorkerSpec) -> WorkerState:
+        """Start a container; see :meth:`.WorkerRuntime.start`."""
+        self._starting.add(spec.name)
+        try:
+            return await asyncio.to_thread(self._start, spec)
+        finally:
+            self._starting.discard(spec.name)
+
+    async def stop(self, name: str, grace_seconds: float) -> None:
+        """End and remove a container; see :meth:`.WorkerRuntime.stop`."""
+        await asyncio.to_thread(self._stop, name, grace_seconds)
+
+    async def logs(self, name: str, lines: int, process: str | None = None) -> str:
+        """Read the end of a container's log; see :meth:`.WorkerRuntime.logs`."""
+        return await asyncio.to_thread(self._logs, name, lines, process)
+
+    async def renew(self, name: str, deadline_seconds: float) -> None:
+        """Give a container a new deadline, and a scheduler its relay back; see :meth:`.WorkerRuntime.renew`."""
+        self.folder.renew(name, deadline_seconds)
+        spec = self.folder.spec(name)
+        if spec.role == "scheduler" and not self._has_relay(name):
+            await asyncio.to_thread(self._mend_relay, spec)
+
+    async def check_image(self, image: str | None) -> None:
+        """Look for an image at the engine; see :meth:`.WorkerRuntime.check_image`."""
+        await asyncio.to_thread(self._check_image, image or self.image)
+
+    async def close(self) -> None:
+        """Close the connections to the engine; see :meth:`.WorkerRuntime.close`."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    # How
+
+    @contextmanager
+    def _engine(self) -> Iterator[Any]:
+        """Lend the engine's client; whatever says that the engine does not answer becomes one error."""
+        try:
+            if self._client is None:
+                client = docker.DockerClient(base_url=self.base_url, timeout=ENGINE_TIMEOUT_SECONDS)
+                self._client = client
+            yield self._client
+        except (ImageNotFound, NotFound, APIError) as exc:
+            if not isinstance(exc, (ImageNotFound, NotFound)) and exc.is_server_error() and _is_engine_ending(exc):
+                raise self._unknown(exc) from exc
+            raise
+        except (DockerException, requests.exceptions.RequestException, OSError) as exc:
+            raise self._unknown(exc) from exc
+
+    def _unknown(self, cause: Exception) -> RuntimeUnknownError:
+        return RuntimeUnknownError(
+            f"The container engine at {self.base_url} does not answer ({cause}), so nobody knows which workers run: "
+            "start it (systemctl start docker), or correct its socket in site.toml."
+        )
+
+    def _observe(self) -> dict[str, WorkerState]:
+        # Before the containers: a unit that is ready in between has a container, and is no leftover.
+        folders = [name for name in self.folder.names() if name not in self._starting]
+        with self._engine() as engine:
+            found = engine.containers.list(
+                all=True, filters={"label": f"{LABEL_FOLDER}={self.folder.path}"}, ignore_removed=True
+            )
+        states = {container.name: self._state(container) for container in found}
+        for name in folders:
+            if name not in states and name in self.folder.names():
+                spec = self.folder.spec(name)
+                message = "it was started only in part, or its container was removed"
+                states[name] = WorkerState(cluster_id=spec.cluster_id, name=name, state="exited", message=message)
+        return states
+
+    def _state(self, container: Any) -> WorkerState:
+        state = container.attrs["State"]
+        about = {"cluster_id": container.labels.get(LABEL_CLUSTER, ""), "name": container.name}
+        if state["Status"] == "created":
+            return WorkerState(**about, state="starting")
+        if not state["Running"] or not state["Pid"]:
+            message = "its memory was not enough" if state.get("OOMKilled") else reason_of(state["ExitCode"])
+            return WorkerState(**about, state="exited", exit_code=state["ExitCode"], message=message)
+        return WorkerState(**about, state="running", pid=state["Pid"], netns=f"{self.proc}/{state['Pid']}/ns/net")
+
+    def _start(self, spec: WorkerSpec) -> WorkerState:
+        image = spec.image or self.image
+        with self._engine() as engine:
+            with suppress(NotFound):
+                state = self._state(engine.containers.get(spec.name))
+                if state.state == "running":
+                    return state
+                self._remove(spec.name, 0)
+            self._check_image(image)
+            listeners = listen_locally(spec) if spec.role == "scheduler" else []
+            try:
+                self._give(spec)
+                mounts = tuple(path + mount for path in spec.data_folders for mount in ("", *submounts_of(path)))
+                options = container_options(
+                    spec,
+                    given=str(self.folder.given(spec.name)),
+                    folder=str(self.folder.path),
+                    image=image,
+                    mounts=mounts,
+                )
+                container = engine.containers.create(**options)
+                container.start()
+                container.reload()
+                state = self._state(container)
+                if listeners and state.pid is not None:
+                    self._start_relay(spec, listeners, state.pid)
+            except APIError as exc:
+                with suppress(DockerException, RuntimeUnknownError):
+                    self._remove(spec.name, 0)
+                raise UnitStartError(
+                    f"The engine refused to start container {spec.name!r} of image {image}: {exc.explanation or exc}. "
+                    "Correct what it names (meshcompute-site check examines this host)."
+                ) from exc
+            finally:
+                for listener in listeners:
+                    listener.close()
+        logger.info("started a container name=%s pid=%s processes=%d", spec.name, state.pid, len(spec.process_names))
+        return state
+
+    def _give(self, spec: WorkerSpec) -> None:
+        """Fill the folder that the container sees; what runs in it comes along, so that any image with Dask will do."""
+        listener = f"{GIVEN}/locallistener.py" if spec.role == "scheduler" and spec.address is not None else None
+        plan = plan_unit(spec, python="python3", scratch=SCRATCH, grace_seconds=GRACE_SECONDS, listener=listener)
+        self.folder.create(spec, plan)
+        for module in (entrypoint, locallistener):
+            copy = self.folder.given(spec.name) / Path(str(module.__file__)).name
+            shutil.copyfile(str(module.__file__), copy)
+            copy.chmod(0o644)
+
+    def _stop(self, name: str, grace_seconds: float) -> None:
+        self.folder.end(name, grace_seconds)  # first: it works without an engine, too
+        with self._engine():
+            self._remove(name, grace_seconds)
+        self.folder.remove(name)
+        if relay_process := self._relays.pop(name, None):
+            relay_process.wait()  # it saw the lease end, and nothing of it holds the container's network
+
+    def _remove(self, name: str, grace_seconds: float) -> None:
+        with self._engine() as engine, suppress(NotFound):
+            container = engine.containers.get(name)
+            if container.labels.get(LABEL_FOLDER) != str(self.folder.path):
+                raise UnitStartError(f"Container {name!r} is not one of this daemon's: it stays. Use another name.")
+            if container.attrs["State"]["Running"]:
+                container.stop(timeout=int(grace_seconds) + 1)  # the keeper takes the grace, then the engine kills all
+            container.remove(force=True, v=True)
+
+    def _logs(self, name: str, lines: int, process: str | None) -> str:
+        with self._engine() as engine:
+            try:
+                text = engine.containers.get(name).logs(tail="all" if process else lines).decode(errors="replace")
+            except NotFound:
+                raise unknown_unit(name) from None
+        wanted = [line for line in text.splitlines() if process is None or line.startswith(f"{process} | ")]
+        return "".join(f"{line}\n" for line in wanted[-lines:])
+
+    def _check_image(self, image: str) -> None:
+        with self._engine() as engine:
+            try:
+                engine.images.get(image)
+            except ImageNotFound:
+                raise ImageError(
+                    f"The image {image} is not at this site's engine: load it (docker load, docker pull), or build it "
+                    f"with scripts/build-image.sh --tag {image}."
+                ) from None
+
+    # The relay of a scheduler
+
+    def _start_relay(self, spec: WorkerSpec, listeners: list[Any], pid: int) -> None:
+        targets = (SCHEDULER_PORT, SCHEDULER_DASHBOARD_PORT)
+        pairs = [f"{listener.fileno()}:{port}" for listener, port in zip(listeners, targets, strict=False)]
+        command = [sys.executable, "-I", relay.__file__, str(self.folder.given(spec.name)), f"{self.proc}/{pid}"]
+        child = subprocess.Popen(
+            [*command, str(spec.uid), str(spec.gid), *pairs],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            pass_fds=[listener.fileno() for listener in listeners],
+            start_new_session=True,  # clients stay connected while the daemon restarts
+        )
+        self._relays[spec.name] = child
+        write_record(self.folder.folder(spec.name) / "relay.json", record_of(child.pid))
+
+    def _has_relay(self, name: str) -> bool:
+        if name in self._relays:
+            self._relays[name].poll()  # takes note of its end, without which it stays as a zombie
+        record = read_record(self.folder.folder(name) / "relay.json")
+        return record is not None and is_alive(record)
+
+    def _mend_relay(self, spec: WorkerSpec) -> None:
+        with self._engine() as engine, suppress(NotFound):
+            state = self._state(engine.containers.get(spec.name))
+            if state.pid is not None:
+                listeners = listen_locally(spec)
+                try:
+                    self._start_relay(spec, listeners, state.pid)
+                finally:
+                    for listener in listeners:
+                        listener.close()
+
+
+def _is_engine_ending(error: APIError) -> bool:
+    return any(words in str(error) for words in ("shutting down", "containerd", "connection refused", "transport"))
