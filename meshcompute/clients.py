@@ -18,6 +18,7 @@ import functools
 import importlib
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -130,7 +131,8 @@ class propagate_pools:  # noqa: N801 - a block, named as the published library h
     Notes
     -----
     It is the setting ``meshcompute.propagate`` of ``dask.config`` (default False), so that a configuration file
-    can switch it on.
+    can switch it on. As all of Dask's configuration it holds for the whole process: while a block is open in one
+    thread, graphs of the others are placed, too.
 
     Examples
     --------
@@ -144,13 +146,27 @@ class propagate_pools:  # noqa: N801 - a block, named as the published library h
         if client is not None and client.status == "running" and not client.asynchronous:
             check_pools(client)
             ensure_guard(client)
-        self._setting = dask.config.set({"meshcompute.propagate": True})
+        with _propagation:
+            self._before = bool(setting("propagate"))
+            _propagating.append(self)
+            dask.config.set({"meshcompute.propagate": True})
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, *exc_info: object) -> None:
-        self._setting.__exit__(*exc_info)
+        with _propagation:
+            i = _propagating.index(self)
+            del _propagating[i]
+            if i < len(_propagating):
+                # A later one is still open, in another thread for example: it restores what was before this one.
+                _propagating[i]._before = self._before
+            else:
+                dask.config.set({"meshcompute.propagate": self._before})
+
+
+_propagation = threading.Lock()
+_propagating: list[propagate_pools] = []
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +82,7 @@ def _receive_pin(pools: tuple[str, ...], resources: tuple[tuple[str, float], ...
 
 
 _is_active = False
+_activation = threading.RLock()
 
 
 def activate() -> None:
@@ -93,8 +95,10 @@ def activate() -> None:
     """
     global _is_active  # noqa: PLW0603 - one flag of the process
     if not _is_active:
-        importlib.import_module("meshcompute.clients").install()
-        _is_active = True
+        with _activation:  # hooked twice, by two threads at once, a graph would be planned twice
+            if not _is_active:
+                importlib.import_module("meshcompute.clients").install()
+                _is_active = True
 
 
 def validate_pool_name(name: object) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from distributed import Client, get_worker, wait
 from meshcompute.clients import pool, propagate_pools
 from meshcompute.explaining import explain
 from meshcompute.scheduling import Guard
+from meshcompute.settings import setting
 from meshcompute.traffic import measure_traffic
 
 
@@ -96,3 +99,35 @@ def test_explain_knows_where_persisted_data_is(sites: Any) -> None:
         total = (kept + 1).sum()
     assert explain(total).bytes_between_pools["a", "b"] == kept.nbytes
     assert explain(kept + 1).tasks_by_pool.keys() == {"a"}
+
+
+def test_threads_that_leave_their_blocks_in_any_order_leave_the_setting_as_it_was() -> None:
+    before = setting("propagate")
+    first, second = propagate_pools(), propagate_pools()
+    with first:
+        pass
+    assert setting("propagate")
+    with second:
+        pass
+    assert setting("propagate") == before
+
+
+def test_threads_that_enter_a_first_pool_at_once_hook_dask_once() -> None:
+    program = """
+import sys, threading
+from distributed import Client
+from meshcompute import pool
+sys.setswitchinterval(1e-6)
+barrier = threading.Barrier(8)
+def enter():
+    barrier.wait()
+    with pool("a"):
+        pass
+threads = [threading.Thread(target=enter) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+hooked = Client._graph_to_futures.__wrapped__
+assert not hasattr(hooked, "__wrapped__"), "hooked twice"
+"""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
