@@ -19,67 +19,34 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
-import socket
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import IPv6Address, IPv6Network
-from typing import Literal
+from ipaddress import IPv6Address
 
 from controlplane.clock import Clock, SystemClock
 from controlplane.errors import ApplyError
 from controlplane.network.base import WorkerLink
-from controlplane.network.keepers import KeeperClient, KeeperGoneError, KeeperStatus, find_keepers, start_keeper
-from controlplane.network.links import LinkError, Links, open_links
+from controlplane.network.interfaces import Backend, InterfaceMaker, Place, PortTakenError, check_port, namespace_of
+from controlplane.network.keepers import KeeperClient, KeeperGoneError, find_keepers, start_keeper
+from controlplane.network.links import LinkError, open_links
 from controlplane.network.peers import plan_peers
 from controlplane.network.topology import (
     KEEPALIVE_SECONDS,
     GatewayConfig,
     GatewayState,
     PeerConfig,
-    PeerState,
     interface_of,
     network_of,
-    site_of,
 )
-from controlplane.network.wireguard import (
-    InterfaceDump,
-    PrivateKey,
-    WireGuard,
-    generate_key,
-    peer_config_of,
-    public_key_of,
-    resolve,
-)
+from controlplane.network.wgformat import InterfaceDump, PrivateKey, configured_peers, peer_states
+from controlplane.network.wireguard import WireGuard, generate_key, resolve
+from controlplane.network.workerlinks import LOOPBACK, Attachment, WorkerLinks
 
-__all__ = ["Backend", "NamespacePlane", "PortTakenError"]
+__all__ = ["NamespacePlane"]
 
 logger = logging.getLogger(__name__)
 
-Backend = Literal["kernel", "userspace", "auto"]
-ROUTER = IPv6Address("fe80::1")  # what every worker sends to, on a link that has nobody else
-LOOPBACK = "lo"
 MEND_SECONDS = (0.0, 0.2, 1.0, 2.0, 5.0)  # between tries; the last one is repeated until the deadline
-
-
-class PortTakenError(ApplyError):
-    """A UDP port that the gateway was told to listen at belongs to somebody else.
-
-    Parameters
-    ----------
-    port
-        The port.
-    """
-
-    def __init__(self, port: int) -> None:
-        super().__init__(port)
-        self.port = port
-
-    def __str__(self) -> str:
-        return (
-            f"UDP port {self.port} is taken on this host. Choose another one (network_options.udp_ports in site.toml)."
-        )
 
 
 @dataclass(slots=True)
@@ -87,15 +54,14 @@ class _Gateway:
     """What this process remembers of a gateway; all of it can be had again, but the key of a dead interface."""
 
     cluster_id: str
+    workers: WorkerLinks
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     config: GatewayConfig | None = None
     key: PrivateKey | None = field(default=None, repr=False)
-    public_key: str | None = None
     listen_port: int | None = None
     ends_at: float = 0.0
     asked_endpoint_by_key: dict[str, tuple[str, str]] = field(default_factory=dict)  # as written, as a number
     seen_endpoint_by_key: dict[str, str] = field(default_factory=dict)
-    attached: dict[IPv6Address, tuple[str, str]] = field(default_factory=dict)  # namespace and interface of the worker
     watcher: asyncio.Task[None] | None = None
 
 
@@ -113,10 +79,15 @@ class NamespacePlane:
     """
 
     def __init__(self, backend: Backend = "auto", *, instance: str = "site", clock: Clock | None = None) -> None:
-        self.backend = backend
+        self._maker = InterfaceMaker(backend)
         self._instance = instance
         self._clock = clock or SystemClock()
         self._gateways: dict[str, _Gateway] = {}
+
+    @property
+    def backend(self) -> Backend:
+        """WireGuard of the kernel or wireguard-go; "auto" until the first gateway was made."""
+        return self._maker.backend
 
     # ------------------------------------------------------------------------------------------------- the protocol
 
@@ -126,10 +97,16 @@ class NamespacePlane:
         for cluster_id in sorted(find_keepers(self._instance)):
             gateway = self._remember(cluster_id)
             async with gateway.lock:
-                with contextlib.suppress(KeeperGoneError):
+                try:
                     async with KeeperClient(self._instance, cluster_id) as keeper:
-                        states[cluster_id] = await self._observe(gateway, await keeper.status())
+                        states[cluster_id] = await self._observe(gateway, keeper)
                     self._watch(gateway)
+                except ApplyError as exc:
+                    if cluster_id in find_keepers(self._instance):  # or it has ended meanwhile
+                        logger.warning("a gateway cannot be read now cluster=%s reason=%s", cluster_id, exc)
+                        states[cluster_id] = GatewayState(
+                            cluster_id=cluster_id, namespace=None, public_key=None, listen_port=None
+                        )
         return states
 
     async def ensure(self, config: GatewayConfig) -> GatewayState:
@@ -179,21 +156,20 @@ class NamespacePlane:
         link
             How it is joined to the gateway.
         """
+        wanted = Attachment(address=address, namespace=netns, interface=interface, link=link)
         gateway = self._remember(cluster_id)
         async with gateway.lock, KeeperClient(self._instance, cluster_id) as keeper:
             if gateway.config is None:
                 raise ApplyError(f"Cluster {cluster_id} has a gateway of an earlier daemon here: ensure it first.")
-            await self._attach(gateway.config, keeper, netns=netns, address=address, interface=interface)
-            gateway.attached[address] = (netns, interface)
+            await gateway.workers.attach(gateway.config, keeper, wanted)
 
     async def detach(self, cluster_id: str, address: IPv6Address) -> None:
         """Take a worker's link away, if it is there."""
         gateway = self._remember(cluster_id)
         async with gateway.lock:
-            gateway.attached.pop(address, None)
             with contextlib.suppress(KeeperGoneError):
-                async with KeeperClient(self._instance, cluster_id) as keeper, open_links(_path(keeper.pid)) as inside:
-                    await inside.delete(_veth_of(address))
+                async with KeeperClient(self._instance, cluster_id) as keeper:
+                    await gateway.workers.detach(cluster_id, keeper, address)
 
     async def remove(self, cluster_id: str) -> None:
         """Remove a gateway with all that belongs to it; when this returns, it is gone."""
@@ -207,7 +183,7 @@ class NamespacePlane:
                 async with KeeperClient(self._instance, cluster_id) as keeper:
                     # The kernel would remove these with the namespace, but some time later.
                     with contextlib.suppress(LinkError):
-                        async with open_links(_path(keeper.pid)) as inside:
+                        async with open_links(namespace_of(keeper.pid)) as inside:
                             for link in await inside.all():
                                 if link != LOOPBACK and link != interface_of(cluster_id):
                                     await inside.delete(link)
@@ -233,29 +209,26 @@ class NamespacePlane:
     # ----------------------------------------------------------------------------------------------- making and mending
 
     def _remember(self, cluster_id: str) -> _Gateway:
-        return self._gateways.setdefault(cluster_id, _Gateway(cluster_id))
+        if cluster_id not in self._gateways:
+            self._gateways[cluster_id] = _Gateway(cluster_id, WorkerLinks(self._maker))
+        return self._gateways[cluster_id]
 
     async def _ensure(self, gateway: _Gateway, config: GatewayConfig) -> GatewayState:
-        name = interface_of(config.cluster_id)
-        is_new = await self._ensure_keeper(config)
+        if await self._ensure_keeper(config):
+            logger.info("made a gateway cluster=%s site=%s", config.cluster_id, config.site)
         async with KeeperClient(self._instance, config.cluster_id) as keeper:
-            status = await keeper.renew(config.deadline_seconds)
+            await keeper.renew(config.deadline_seconds)
             gateway.ends_at = self._clock.monotonic() + config.deadline_seconds
             gateway.config = config
-            async with open_links(_path(keeper.pid)) as inside:
-                await self._ensure_addresses(inside, config)
-                wireguard, dump = await self._ensure_interface(gateway, config, keeper, status, inside)
-                await inside.set_up(name, mtu=config.mtu)
-                await inside.route(config.prefix, name)
+            async with open_links(namespace_of(keeper.pid)) as inside:
+                # On lo an address stays when WireGuard is made again.
+                await inside.set_up(LOOPBACK)
+                await inside.add_address(LOOPBACK, config.address)
+                await inside.refuse(network_of(config.prefix, config.site))
+            wireguard = await self._ensure_interface(gateway, config, keeper)
+            dump = await wireguard.show()
             await self._ensure_peers(gateway, config, wireguard, dump)
-            if is_new:
-                for address, (netns, interface) in list(gateway.attached.items()):
-                    try:
-                        await self._attach(config, keeper, netns=netns, address=address, interface=interface)
-                    except LinkError as exc:  # the worker has gone, too
-                        logger.info("cannot join a worker again address=%s reason=%s", address, exc)
-                        del gateway.attached[address]
-            return await self._observe(gateway, await keeper.status())
+            return await self._observe(gateway, keeper)
 
     async def _ensure_keeper(self, config: GatewayConfig) -> bool:
         """Start a keeper unless there is one; True if it was started."""
@@ -268,89 +241,53 @@ class NamespacePlane:
             )
             return True
 
-    @staticmethod
-    async def _ensure_addresses(inside: Links, config: GatewayConfig) -> None:
-        """Give the gateway its address, on lo, where it stays when WireGuard is made again."""
-        await inside.set_up(LOOPBACK)
-        await inside.add_address(LOOPBACK, config.address)
-        await inside.refuse(network_of(config.prefix, config.site))
-
-    async def _ensure_interface(
-        self, gateway: _Gateway, config: GatewayConfig, keeper: KeeperClient, status: KeeperStatus, inside: Links
-    ) -> tuple[WireGuard, InterfaceDump]:
-        """Have a WireGuard interface inside, with a key and a port."""
+    async def _ensure_interface(self, gateway: _Gateway, config: GatewayConfig, keeper: KeeperClient) -> WireGuard:
+        """Have a WireGuard interface inside, with a key, a port and the route to the whole cluster."""
         name = interface_of(config.cluster_id)
-        is_there = await inside.find(name) is not None
-        if not is_there:
+        place = Place(namespace=namespace_of(keeper.pid), name=name)
+        is_new = not await self._maker.is_there(name, place, keeper)
+        if is_new:
             if config.listen_port is not None:
-                _check_port(config.listen_port)
-            status = await self._make_interface(name, config, keeper)
-        wireguard = WireGuard(name, _wrapper(keeper.pid, is_userspace=name in status.processes))
-        if not is_there:
-            await inside.set_up(name, mtu=config.mtu)
+                check_port(config.listen_port)
+            await self._maker.make(name, place, keeper, mtu=config.mtu)
+        wireguard = await self._maker.door(name, place, keeper)
         dump = await wireguard.show()
         if dump.private_key is None:
             gateway.key = gateway.key or await generate_key()
-            gateway.public_key = None
             await wireguard.set_key(gateway.key)
-        elif gateway.key is None:
-            gateway.key = dump.private_key
-        port = config.listen_port or (None if is_there else gateway.listen_port)
+        else:
+            gateway.key = gateway.key or dump.private_key
+        # One that nobody chose is kept when the interface is made again: the others know it.
+        port = config.listen_port or (gateway.listen_port if is_new else None)
         if port is not None and port != dump.listen_port:
             try:
                 await wireguard.set_port(port)
             except ApplyError as exc:
                 raise PortTakenError(port) from exc
-        if not is_there:
-            logger.info("made a gateway cluster=%s site=%s backend=%s", config.cluster_id, config.site, self.backend)
-            dump = await wireguard.show()
-        return wireguard, dump
+        async with open_links(place.namespace) as inside:
+            await inside.set_up(name, mtu=config.mtu)
+            await inside.route(config.prefix, name)
+        return wireguard
 
-    async def _make_interface(self, name: str, config: GatewayConfig, keeper: KeeperClient) -> KeeperStatus:
-        """Make the interface in the host's namespace, where its encrypted socket stays, and move it inside."""
-        status = await keeper.status()
-        async with open_links() as outside:
-            if self.backend != "userspace" and name not in status.processes:
-                try:
-                    if await outside.find(name) is None:
-                        await outside.add_wireguard(name)
-                    self.backend = "kernel"
-                except LinkError as exc:
-                    if self.backend == "kernel" or exc.code != errno.EOPNOTSUPP:
-                        raise
-                    self.backend = "userspace"
-            if self.backend == "userspace":
-                if name in status.processes and await outside.find(name) is None:
-                    await keeper.kill(name)  # its interface has gone, and it did not notice
-                status = await keeper.spawn(name)
-            # wireguard-go hears of this here, and not of what happens in another namespace.
-            await outside.set_up(name, mtu=config.mtu)
-            await outside.move(name, _path(keeper.pid))
-        return status
-
+    @staticmethod
     async def _ensure_peers(
-        self, gateway: _Gateway, config: GatewayConfig, wireguard: WireGuard, dump: InterfaceDump
+        gateway: _Gateway, config: GatewayConfig, wireguard: WireGuard, dump: InterfaceDump
     ) -> None:
         """Give the interface its peers."""
-        current = []
-        for found in dump.peers:
-            sites = [site_of(config.prefix, network) for network in found.allowed if isinstance(network, IPv6Network)]
-            known = peer_config_of(next((site for site in sites if site is not None), -1), found)
-            asked = gateway.asked_endpoint_by_key.get(found.public_key)
-            # Where a peer roamed to is not for us to undo.
-            current.append(replace(known, endpoint=asked[1]) if asked and known.endpoint else known)
-        known_keys = {peer.public_key for peer in current}
-        desired = []
+        asked = gateway.asked_endpoint_by_key
+        current = configured_peers(dump, config.prefix, {key: number for key, (_text, number) in asked.items()})
+        have = {peer.public_key for peer in current}
+        desired: list[PeerConfig] = []
         for peer in config.peers:
+            key = peer.public_key
             if peer.endpoint is not None:
-                asked = gateway.asked_endpoint_by_key.get(peer.public_key)
-                number = asked[1] if asked and asked[0] == peer.endpoint else await resolve(peer.endpoint)
-                gateway.asked_endpoint_by_key[peer.public_key] = (peer.endpoint, number)
+                number = asked[key][1] if asked.get(key, ("", ""))[0] == peer.endpoint else await resolve(peer.endpoint)
+                asked[key] = (peer.endpoint, number)
                 desired.append(replace(peer, endpoint=number))
-            elif peer.public_key not in known_keys and peer.public_key in gateway.seen_endpoint_by_key:
+            elif key not in have and key in gateway.seen_endpoint_by_key:
                 # The interface was made again and has no session, which the other side would notice only after 15 s:
                 # call it this once, although it is the one that calls. The next pass switches the keepalive off.
-                seen = gateway.seen_endpoint_by_key[peer.public_key]
+                seen = gateway.seen_endpoint_by_key[key]
                 desired.append(replace(peer, endpoint=seen, keepalive_seconds=KEEPALIVE_SECONDS))
             else:
                 desired.append(peer)
@@ -359,69 +296,25 @@ class NamespacePlane:
         for step in steps:
             logger.info("%s cluster=%s", step, config.cluster_id)
 
-    async def _attach(
-        self, config: GatewayConfig, keeper: KeeperClient, *, netns: str, address: IPv6Address, interface: str
-    ) -> None:
-        if site_of(config.prefix, address) != config.site or address == config.address:
-            raise ApplyError(
-                f"{address} cannot be a worker's address here: choose one of {network_of(config.prefix, config.site)} "
-                f"that is not the gateway's own, {config.address}."
-            )
-        name = _veth_of(address)
-        async with open_links(_path(keeper.pid)) as inside, open_links(netns) as worker:
-            ours, theirs = await inside.find(name), await worker.find(interface)
-            is_pair = ours is not None and theirs is not None and ours.peer_index == theirs.index
-            if not is_pair or (theirs is not None and theirs.peer_index != (ours.index if ours else None)):
-                await inside.delete(name)
-                await worker.delete(interface)
-                await inside.add_veth(name, peer=interface, peer_namespace=netns, mtu=config.mtu)
-            await inside.set_up(name, mtu=config.mtu)
-            await inside.add_address(name, ROUTER, 64)
-            await inside.route(IPv6Network(address), name)
-            await worker.set_up(LOOPBACK)
-            await worker.set_up(interface, mtu=config.mtu)
-            await worker.add_address(interface, address)
-            await worker.route(config.prefix, interface, via=ROUTER)
-
-    async def _observe(self, gateway: _Gateway, status: KeeperStatus) -> GatewayState:
+    async def _observe(self, gateway: _Gateway, keeper: KeeperClient) -> GatewayState:
         """Read an interface; a gateway whose interface is missing has no key and no peers."""
-        namespace = _path(status.pid)
-        name = interface_of(gateway.cluster_id)
-        async with open_links(namespace) as inside:
-            is_there = await inside.find(name) is not None
-        if not is_there:
+        namespace, name = namespace_of(keeper.pid), interface_of(gateway.cluster_id)
+        place = Place(namespace=namespace, name=name)
+        if not await self._maker.is_there(name, place, keeper):
             return GatewayState(cluster_id=gateway.cluster_id, namespace=namespace, public_key=None, listen_port=None)
-        dump = await WireGuard(name, _wrapper(status.pid, is_userspace=name in status.processes)).show()
-        if gateway.key is None:
-            gateway.key = dump.private_key
-        public_key = dump.public_key
-        if public_key is None and dump.private_key is not None:
-            public_key = await public_key_of(dump.private_key)
-        gateway.public_key, gateway.listen_port = public_key, dump.listen_port
-        now = self._clock.wall()
-        config_by_key = {peer.public_key: peer for peer in gateway.config.peers} if gateway.config else {}
-        peers = []
+        dump = await (await self._maker.door(name, place, keeper)).show()
+        gateway.key = gateway.key or dump.private_key
+        gateway.listen_port = dump.listen_port
         for peer in dump.peers:
             if peer.endpoint is not None:
                 gateway.seen_endpoint_by_key[peer.public_key] = peer.endpoint
-            peers.append(
-                PeerState(
-                    site=_site_of_peer(config_by_key.get(peer.public_key), peer.allowed),
-                    public_key=peer.public_key,
-                    endpoint=peer.endpoint,
-                    latest_handshake_age_seconds=(
-                        max(0.0, now - peer.handshake_unix_seconds) if peer.handshake_unix_seconds else None
-                    ),
-                    received_nbytes=peer.received_nbytes,
-                    sent_nbytes=peer.sent_nbytes,
-                )
-            )
+        configured = gateway.config.peers if gateway.config is not None else ()
         return GatewayState(
             cluster_id=gateway.cluster_id,
             namespace=namespace,
-            public_key=public_key,
+            public_key=dump.public_key,
             listen_port=dump.listen_port,
-            peers=tuple(sorted(peers, key=lambda peer: (peer.site is None, peer.site or 0))),
+            peers=peer_states(dump, {peer.public_key: peer.site for peer in configured}, self._clock.wall()),
         )
 
     # -------------------------------------------------------------------------------------------------------- watching
@@ -452,43 +345,11 @@ class NamespacePlane:
                     return
                 try:
                     await self._ensure(gateway, replace(gateway.config, deadline_seconds=remaining))
+                    async with KeeperClient(self._instance, gateway.cluster_id) as keeper:
+                        for gone in await gateway.workers.attach_again(gateway.config, keeper):
+                            logger.info("a worker has gone meanwhile worker=%s", gone)
                 except ApplyError as exc:
                     logger.warning("cannot mend a gateway yet cluster=%s reason=%s", gateway.cluster_id, exc)
                     continue
             logger.info("mended a gateway cluster=%s", gateway.cluster_id)
             return
-
-
-def _path(pid: int) -> str:
-    return f"/proc/{pid}/ns/net"
-
-
-def _wrapper(pid: int, *, is_userspace: bool) -> Sequence[str]:
-    """Enter where wg finds the interface: by a control socket in the keeper's mounts, or in the kernel's namespace."""
-    return ("nsenter", f"--mount=/proc/{pid}/ns/mnt" if is_userspace else f"--net={_path(pid)}")
-
-
-def _veth_of(address: IPv6Address) -> str:
-    """Name the gateway's end of a worker's link: ``w11``, as the address ends."""
-    return f"w{int(address) & 0xFFFFFFFFFFFF:x}"
-
-
-def _site_of_peer(config: PeerConfig | None, allowed: Sequence[object]) -> int | None:
-    """Find the site of a peer; without its configuration, from its only network."""
-    if config is not None:
-        return config.site
-    networks = [network for network in allowed if isinstance(network, IPv6Network)]
-    return int(networks[0].network_address) >> 64 & 0xFFFF if len(networks) == 1 else None
-
-
-def _check_port(port: int) -> None:
-    """See that nobody has a UDP port, on IPv4 or IPv6: wireguard-go would go on without one."""
-    for family, any_address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):  # noqa: S104 - as WireGuard does
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                probe.bind((any_address, port))
-            except OSError as exc:
-                if exc.errno == errno.EADDRINUSE:
-                    raise PortTakenError(port) from exc

@@ -13,8 +13,8 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 from typing import Any
@@ -67,25 +67,35 @@ class LinkState:
     peer_index: int | None
 
 
+@contextmanager
+def _opened(namespace: str) -> Iterator[int]:
+    """Open a namespace, given by its path."""
+    try:
+        number = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise LinkError(f"Opening the network namespace {namespace}", exc.errno or errno.EIO) from exc
+    try:
+        yield number
+    finally:
+        os.close(number)
+
+
 def _socket_in(namespace: str) -> socket.socket:
     """Make a netlink socket in another namespace, which only the thread that makes it enters."""
     made: list[socket.socket | OSError] = []
 
-    def enter() -> None:
+    def enter(number: int) -> None:
         try:
-            number = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                if _libc.setns(number, CLONE_NEWNET) != 0:
-                    raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-                made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE))
-            finally:
-                os.close(number)
+            if _libc.setns(number, CLONE_NEWNET) != 0:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, socket.NETLINK_ROUTE))
         except OSError as exc:
             made.append(exc)
 
-    thread = threading.Thread(target=enter, name="enter-namespace")
-    thread.start()
-    thread.join()
+    with _opened(namespace) as number:
+        thread = threading.Thread(target=enter, args=(number,), name="enter-namespace")
+        thread.start()
+        thread.join()
     if isinstance(made[0], OSError):
         raise LinkError(f"Entering the network namespace {namespace}", made[0].errno or errno.EIO) from made[0]
     return made[0]
@@ -146,27 +156,19 @@ class Links:
 
     async def add_veth(self, name: str, *, peer: str, peer_namespace: str, mtu: int) -> None:
         """Make a pair of interfaces, one here and one in another namespace."""
-        number = os.open(peer_namespace, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with _opened(peer_namespace) as number:
             other = {"ifname": peer, "net_ns_fd": number, "mtu": mtu}
             await self._do(
                 f"Joining {name} with {peer} in {peer_namespace}",
                 self._netlink.link("add", ifname=name, kind="veth", peer=other, mtu=mtu),
             )
-        finally:
-            os.close(number)
 
     async def move(self, name: str, namespace: str, *, rename: str | None = None) -> None:
         """Move an interface to another namespace, under another name if wanted."""
-        index = await self._index(name)
-        number = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
         options = {} if rename is None else {"ifname": rename}
-        try:
-            await self._do(
-                f"Moving {name} to {namespace}", self._netlink.link("set", index=index, net_ns_fd=number, **options)
-            )
-        finally:
-            os.close(number)
+        with _opened(namespace) as number:
+            request = self._netlink.link("set", index=await self._index(name), net_ns_fd=number, **options)
+            await self._do(f"Moving {name} to {namespace}", request)
 
     async def set_up(self, name: str, *, mtu: int | None = None) -> None:
         """Switch an interface on, with this largest size of a packet."""
@@ -218,6 +220,11 @@ class Links:
                 **options,
             ),
         )
+
+    async def unroute(self, network: IPv6Network) -> None:
+        """Take a route away, if it is there."""
+        request = self._netlink.route("del", dst=str(network), family=socket.AF_INET6)
+        await self._do(f"Removing the route to {network}", request, errno.ESRCH)
 
     async def refuse(self, network: IPv6Network) -> None:
         """Tell senders at once that what is for this network arrives nowhere, unless a longer route says otherwise."""

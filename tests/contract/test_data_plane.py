@@ -123,9 +123,9 @@ class Host(Namespace):
     def ensure(self, config):
         return self.call("ensure", config=dataclasses.asdict(config))
 
-    def attach(self, config, worker, node):
+    def attach(self, config, worker, node, link="veth"):
         address = address_of(config.prefix, config.site, node)
-        self.call("attach", cluster_id=config.cluster_id, netns=worker.path, address=address)
+        self.call("attach", cluster_id=config.cluster_id, netns=worker.path, address=address, link=link)
         return str(address)
 
     def keepers(self):
@@ -624,6 +624,34 @@ def test_a_worker_cannot_send_in_the_name_of_another_one(cluster):
         assert cluster.state(1)["peers"][0]["sent_nbytes"] - before < 1000, "not even one of them left the site"
     finally:
         worker.run("ip", "-6", "address", "del", f"{forged}/128", "dev", "mesh0")
+
+
+def test_a_worker_can_be_joined_by_wireguard_of_its_own_and_is_mended_likewise(cluster, wireguard):
+    host, worker = cluster.hosts[1], Namespace()
+    try:
+        address = host.attach(cluster.configs[1], worker, 12, link="wireguard")
+        wait_for("a packet from site to site", lambda: ping(worker, cluster.addresses[2]), seconds=5)
+        assert ping(cluster.workers[1], address), "a worker of the same site, joined by a veth"
+        assert ping(cluster.workers[2], address)
+        assert "wireguard" in worker.run("ip", "-d", "link", "show", "mesh0") or wireguard == "userspace"
+        assert "veth" not in worker.run("ip", "-d", "link", "show", "mesh0")
+        assert [peer["site"] for peer in cluster.state(1)["peers"]] == [2], "a worker is no peer site"
+        before = host.wireguard_pids()
+        host.ensure(cluster.configs[1])
+        host.attach(cluster.configs[1], worker, 12, link="wireguard")
+        assert host.wireguard_pids() == before
+        if wireguard == "userspace":
+            for name, pid in before.items():
+                if cluster.cluster_id[:8] in name:
+                    os.kill(pid, signal.SIGKILL)
+                    wait_for("another process", lambda name=name, pid=pid: host.wireguard_pids().get(name, pid) != pid)
+                    wait_for("a packet after that", lambda: ping(worker, cluster.addresses[2]), seconds=8)
+        host.call("detach", cluster_id=cluster.cluster_id, address=address)
+        assert "mesh0" not in worker.run("ip", "link")
+        assert not any(name.startswith("mw") for name in host.wireguard_pids())
+        assert not ping(cluster.workers[2], address)
+    finally:
+        worker.close()
 
 
 def test_a_private_key_is_nowhere_but_in_the_interface(cluster, hosts):
