@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Coroutine, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from controlplane.clock import Clock
 from controlplane.desired import DesiredCluster, fingerprint_of
@@ -135,6 +135,7 @@ class Loop:
         self._looked = asyncio.Condition()
         self._seen: dict[str, _Seen] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._next_sweep = 0.0
         self._gateways = asyncio.Lock()  # a sweep and a new gateway never meet
         self._observation: asyncio.Task[tuple[dict[str, GatewayState], dict[str, WorkerState] | None]] | None = None
         self.problems: tuple[Problem, ...] = ()
@@ -192,21 +193,12 @@ class Loop:
 
     async def run(self) -> None:
         """Work until cancelled."""
-        for cluster_id in self._wishes.cluster_ids():
-            self.poke(cluster_id)
-        next_sweep = self._clock.monotonic()
+        self.adopt()
         try:
             while True:
                 self._wake.clear()
-                now = self._clock.monotonic()
-                for cluster_id in self._wishes.end_expired(now):
-                    self._queue.add(cluster_id, now)
-                if now >= next_sweep:
-                    next_sweep = now + SWEEP_SECONDS
-                    self._spawn(self.sweep())
-                for cluster_id in self._queue.take_due(now):
-                    self._spawn(self._look(cluster_id))
-                times = [next_sweep, self._queue.next_due(), self._wishes.next_deadline()]
+                self._begin()
+                times = [self._next_sweep, self._queue.next_due(), self._wishes.next_deadline()]
                 wake_at = min(time for time in times if time is not None)
                 await self._clock.wait(self._wake, max(0.0, wake_at - self._clock.monotonic()))
         finally:
@@ -214,8 +206,32 @@ class Loop:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _spawn(self, work: object) -> None:
-        task: asyncio.Task[None] = asyncio.create_task(work)  # type: ignore[arg-type]
+    def adopt(self) -> None:
+        """Ask for a look at every cluster that there is, and for a sweep."""
+        for cluster_id in self._wishes.cluster_ids():
+            self.poke(cluster_id)
+        self._next_sweep = self._clock.monotonic()
+
+    async def work(self) -> None:
+        """Do what is due now, and what that makes due, instead of :meth:`run`: for those who move the time by hand."""
+        while self._begin():
+            await asyncio.gather(*self._tasks)
+
+    def _begin(self) -> int:
+        """Begin all that is due, and say how much that is."""
+        now = self._clock.monotonic()
+        for cluster_id in self._wishes.end_expired(now):
+            self._queue.add(cluster_id, now)
+        work = [self._look(cluster_id) for cluster_id in self._queue.take_due(now)]
+        if now >= self._next_sweep:
+            self._next_sweep = now + SWEEP_SECONDS
+            work.append(self.sweep())
+        for coroutine in work:
+            self._spawn(coroutine)
+        return len(work)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

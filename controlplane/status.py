@@ -21,7 +21,7 @@ __all__ = ["gone_status", "status_of"]
 
 FRESH_HANDSHAKE_SECONDS = 180.0  # WireGuard makes a new key every 120 s where there is traffic, rejects after 180 s
 # Problems that no retry cures: somebody must change something first.
-_LASTING = frozenset({"Image", "ImageNotAllowed", "ImageUnknown", "PortTaken", "InvalidSpec"})
+_LASTING = frozenset({"Image", "PortTaken", "InvalidSpec"})
 
 
 def status_of(
@@ -137,7 +137,7 @@ def _gateway(report: Report | None, gateway: GatewayState | None) -> Condition:
 def _links(record: ClusterRecord, gateway: GatewayState | None, config: SiteConfig) -> Condition:
     if config.network == "loopback":
         return Condition(kind="links", is_true=True, reason="Loopback", message="This site has no WireGuard.")
-    ages = {peer.site: peer.latest_handshake_age_seconds for peer in (gateway.peers if gateway else ())}
+    ages = {peer.site: peer.latest_handshake_age_seconds for peer in _peers(record, gateway)}
     wanted = {peer.site: peer.name for peer in record.spec.peers if peer.via is None}
     silent = [
         f"{name} ({site})"
