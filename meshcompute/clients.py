@@ -336,6 +336,7 @@ def _graph_to_futures(
     planned = planning.PlannedExpression(expr, request, identity)
     provided = _provided(self)
     shipment = shipping.Shipment(planned, with_sources=identity not in provided)
+    shipment.pack()  # what cannot be pickled is said here, not by Dask about a class of ours
     if is_propagating:
         kwargs["internal_priority"] = None  # relays need one, too: let the scheduler order the graph
     kept = {k: v for k, v in annotations.items() if k not in (ANNOTATION, "resources")}

@@ -109,11 +109,27 @@ class Shipment:
         self.with_sources = with_sources
         self._frames: tuple[bytes, list[pickle.PickleBuffer]] | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        if self._frames is None:  # Dask may pickle twice
+    def pack(self) -> tuple[bytes, list[pickle.PickleBuffer]]:
+        """Pickle the content, once.
+
+        Raises
+        ------
+        TypeError
+            It holds something that cannot be pickled.
+        """
+        if self._frames is None:
             buffers: list[pickle.PickleBuffer] = []
-            self._frames = distributed_pickle.dumps(self.content, buffer_callback=buffers.append), buffers
-        payload, buffers = self._frames
+            try:
+                self._frames = distributed_pickle.dumps(self.content, buffer_callback=buffers.append), buffers
+            except Exception as exc:
+                raise TypeError(
+                    f"This work cannot be sent to the scheduler: {exc}. Something that its functions use or are given "
+                    "(a lock, an open file, a connection) cannot be pickled: make it inside the function."
+                ) from exc
+        return self._frames
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        payload, buffers = self.pack()
         sources = _sources() if self.with_sources else None
         return _RECEIVE, (meshcompute.__version__, sources, payload, *buffers)
 

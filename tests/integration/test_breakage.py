@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,3 +132,10 @@ assert not hasattr(hooked, "__wrapped__"), "hooked twice"
 """
     for _ in range(3):
         subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_what_cannot_be_pickled_is_said_with_the_cure(sites: Any) -> None:
+    with pool("a"):
+        with pytest.raises(TypeError, match=r"cannot pickle .*lock.*make it inside the function"):
+            delayed(checked)(threading.Lock(), "a").compute()
+        assert delayed(checked)(1, "a").compute() == 1
