@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from ipaddress import IPv6Network
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +19,13 @@ from typing import Any, Self, TypeVar
 
 from distributed import Client
 from distributed.versions import VersionMismatchWarning
-from docker.errors import ImageNotFound
 
 from controlplane.workers.base import WorkerRuntime, WorkerSpec
 from controlplane.workers.docker import DockerRuntime
 from controlplane.workers.process import ProcessRuntime
 from docker import DockerClient
+from meshcompute.lab.files import render_engine_store
+from meshcompute.lab.images import open_image_store
 
 __all__ = ["Bench", "DockerBench", "ProcessBench"]
 
@@ -116,11 +117,12 @@ class Bench:
         self._stack.callback(lambda: self.do(runtime.close()))
         return runtime
 
-    def wait(self, is_true: Callable[[], object], what: str) -> None:
+    def wait(self, is_true: Callable[[], object], what: str, *, has_engine: bool = True) -> None:
         """Wait for a state."""
         until = time.monotonic() + TIMEOUT_SECONDS
         while not is_true():
-            assert time.monotonic() < until, f"{what}: not seen in {TIMEOUT_SECONDS} s\n{self.all_logs()}"
+            in_time = time.monotonic() < until
+            assert in_time, f"{what}: not seen in {TIMEOUT_SECONDS} s\n{self.all_logs() if has_engine else ''}"
             time.sleep(0.05)
 
     def workers(self) -> dict[str, dict[str, Any]]:
@@ -241,13 +243,8 @@ class DockerBench(Bench):
         """See :class:`Bench`."""
         self._addresses = iter(range(0x11, 0xFF))
         self._short = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mc-")))  # a socket's path is short
-        archive = Path(os.environ["MESHCOMPUTE_WORKER_IMAGE"])
-        self.engine = stack.enter_context(_engine(self._short, stack.enter_context(_data_root(archive))))
+        self.engine = stack.enter_context(_engine(self._short, Path(os.environ["MESHCOMPUTE_WORKER_IMAGE"])))
         self.enter("ip link add cluster type bridge && ip link set cluster up")
-        with client_of(self.base_url) as engine:
-            for container in engine.containers.list(all=True):  # of a run that was killed
-                container.remove(force=True)
-            self.image = _load_once(engine, archive)
 
     @property
     def base_url(self) -> str:
@@ -260,10 +257,10 @@ class DockerBench(Bench):
         ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         assert ran.returncode == 0, f"{script}: {ran.stderr}"
 
-    def new_runtime(self) -> DockerRuntime:
+    def new_runtime(self, timeout_seconds: float = 30.0) -> DockerRuntime:
         """See :class:`Bench`."""
         proc = f"/proc/{self.engine}/root/proc"
-        return DockerRuntime(self.folder / "run", base_url=self.base_url, image=self.image, proc=proc)
+        return DockerRuntime(self.folder / "run", base_url=self.base_url, proc=proc, timeout_seconds=timeout_seconds)
 
     def attach(self, spec: WorkerSpec) -> None:
         """See :class:`Bench`."""
@@ -298,6 +295,13 @@ class DockerBench(Bench):
             **self._common(),
         )
 
+    def second_scheduler(self) -> WorkerSpec:
+        """Make the spec of another scheduler, at other ports, which is not joined to the network."""
+        [port] = _free_ports(1)
+        address = PREFIX[next(self._addresses)]
+        names = {"name": "second", "process_names": ("scheduler-2",)}
+        return replace(self.scheduler, **names, address=address, client_port=port, dashboard_port=None)
+
     def leftovers(self, name: str) -> list[str]:
         """See :class:`Bench`."""
         with client_of(self.base_url) as engine:
@@ -331,34 +335,20 @@ def client_of(base_url: str) -> Iterator[DockerClient]:
 
 
 @contextlib.contextmanager
-def _data_root(archive: Path) -> Iterator[Path]:
-    """Lend the folder in which an engine has loaded the image before: that takes long, and one engine can have it."""
-    root = archive.with_suffix(".engine")
-    root.mkdir(exist_ok=True)
-    with root.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield root
-
-
-def _load_once(engine: DockerClient, archive: Path) -> str:
-    """Load the image of an archive unless this version of it is there; gives its name."""
-    tag = f"meshcompute-tests:{archive.stat().st_mtime_ns}"
-    try:
-        engine.images.get(tag)
-    except ImageNotFound:
-        with archive.open("rb") as image:
-            [loaded] = engine.images.load(image)
-        loaded.tag(tag)
-    return tag
-
-
-@contextlib.contextmanager
-def _engine(folder: Path, data_root: Path) -> Iterator[int]:
-    """Start an engine in namespaces of its own; gives the number of its first process, with which all of it ends."""
-    script = (
-        "mount -t tmpfs tmpfs /run; ip link set lo up; "
-        f"exec dockerd --host unix://{folder}/docker.sock --data-root {data_root} --exec-root {folder}/exec "
-        f"--pidfile {folder}/pid --bridge=none --iptables=false --ip6tables=false"
+def _engine(folder: Path, archive: Path) -> Iterator[int]:
+    """Start an engine that has an image, in namespaces of its own; gives the process with which all of it ends."""
+    store, lock = open_image_store(archive, say=print)
+    group = f"/meshcompute-bench-{os.getpid()}"
+    (folder / "data").mkdir()
+    script = "\n".join(
+        (
+            "mount -t tmpfs tmpfs /run",
+            "ip link set lo up",
+            f"mount --bind {folder}/data {folder}/data",  # or the engine does it, and loses what is mounted inside
+            *render_engine_store(str(store), f"{folder}/data"),
+            f"exec dockerd --host unix://{folder}/docker.sock --data-root {folder}/data --exec-root {folder}/exec \\",
+            f"    --pidfile {folder}/pid --cgroup-parent={group} --bridge=none --iptables=false --ip6tables=false",
+        )
     )
     kinds = ["--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
     command = ["setpriv", "--pdeathsig", "KILL", "unshare", *kinds, "sh", "-ec", script]
@@ -376,6 +366,11 @@ def _engine(folder: Path, data_root: Path) -> Iterator[int]:
     finally:
         host.kill()
         host.wait()
+        os.close(lock)
+        for cgroup in Path("/sys/fs/cgroup").glob(f"*{group}"):
+            for inner in (*sorted(cgroup.rglob("*/"), reverse=True), cgroup):
+                with contextlib.suppress(OSError):
+                    inner.rmdir()
 
 
 def _free_ports(number: int) -> list[int]:

@@ -17,6 +17,8 @@ import asyncio
 import logging
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -47,7 +49,7 @@ from controlplane.workers.commands import (
 )
 from controlplane.workers.namespaces import submounts_of
 from controlplane.workers.ports import listen_locally
-from controlplane.workers.processes import is_alive, read_record, record_of, write_record
+from controlplane.workers.processes import disown, is_alive, read_record, record_of, write_record
 from controlplane.workers.runfolder import RunFolder, unknown_unit
 
 __all__ = ["DockerRuntime", "container_options"]
@@ -58,7 +60,9 @@ GRACE_SECONDS = 5.0  # at the end of a lease; stop() says its own
 TMP_BYTES = 64 << 20
 KEEPER_BYTES = 64 << 20  # the keeper and docker-init, and the kernel's own memory for them
 PROCESSES_PER_WORKER = 256  # threads count, too: Dask's own, those of NumPy's libraries, and what tasks start
-ENGINE_TIMEOUT_SECONDS = 30
+ENGINE_TIMEOUT_SECONDS = 30.0
+RELAY_TIMEOUT_SECONDS = 5.0
+POLL_SECONDS = 0.02
 LABEL_CLUSTER, LABEL_NAME, LABEL_OWNER = "meshcompute.cluster", "meshcompute.name", "meshcompute.owner"
 LABEL_FOLDER = "meshcompute.folder"  # whose it is: two daemons at one engine leave each other's alone
 
@@ -141,6 +145,8 @@ class DockerRuntime:
         The image of units that name none.
     proc
         Where the engine's /proc is seen, if its process numbers are not those of this process.
+    timeout_seconds
+        How long the engine may take to answer.
     monotonic
         Reads CLOCK_MONOTONIC, in seconds.
     """
@@ -152,9 +158,12 @@ class DockerRuntime:
         base_url: str = "unix:///var/run/docker.sock",
         image: str = "meshcompute-worker:latest",
         proc: str = "/proc",
+        timeout_seconds: float = ENGINE_TIMEOUT_SECONDS,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.folder = RunFolder(Path(folder).absolute(), monotonic)
+        self.timeout_seconds = timeout_seconds
+        self._monotonic = monotonic
         self.base_url = base_url
         self.image = image
         self.proc = proc
@@ -195,6 +204,8 @@ class DockerRuntime:
 
     async def close(self) -> None:
         """Close the connections to the engine; see :meth:`.WorkerRuntime.close`."""
+        for child in self._relays.values():
+            disown(child)
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -206,7 +217,8 @@ class DockerRuntime:
         """Lend the engine's client; whatever says that the engine does not answer becomes one error."""
         try:
             if self._client is None:
-                client = docker.DockerClient(base_url=self.base_url, timeout=ENGINE_TIMEOUT_SECONDS)
+                _probe(self.base_url)
+                client = docker.DockerClient(base_url=self.base_url, timeout=self.timeout_seconds)
                 self._client = client
             yield self._client
         except (ImageNotFound, NotFound, APIError) as exc:
@@ -274,8 +286,8 @@ class DockerRuntime:
                 if listeners and state.pid is not None:
                     self._start_relay(spec, listeners, state.pid)
             except APIError as exc:
-                with suppress(DockerException, RuntimeUnknownError):
-                    self._remove(spec.name, 0)
+                with suppress(RuntimeUnknownError):
+                    self._stop(spec.name, 0)
                 raise UnitStartError(
                     f"The engine refused to start container {spec.name!r} of image {image}: {exc.explanation or exc}. "
                     "Correct what it names (meshcompute-site check examines this host)."
@@ -300,9 +312,8 @@ class DockerRuntime:
         self.folder.end(name, grace_seconds)  # first: it works without an engine, too
         with self._engine():
             self._remove(name, grace_seconds)
+        self._end_relay(name)
         self.folder.remove(name)
-        if relay_process := self._relays.pop(name, None):
-            relay_process.wait()  # it saw the lease end, and nothing of it holds the container's network
 
     def _remove(self, name: str, grace_seconds: float) -> None:
         with self._engine() as engine, suppress(NotFound):
@@ -356,6 +367,16 @@ class DockerRuntime:
         record = read_record(self.folder.folder(name) / "relay.json")
         return record is not None and is_alive(record)
 
+    def _end_relay(self, name: str) -> None:
+        """Wait until nothing holds the network of a container any more: the relay sees that its lease has ended."""
+        record = read_record(self.folder.folder(name) / "relay.json")
+        until = self._monotonic() + RELAY_TIMEOUT_SECONDS
+        while record is not None and self._has_relay(name):
+            if self._monotonic() > until:
+                os.kill(record.pid, signal.SIGKILL)
+            time.sleep(POLL_SECONDS)
+        self._relays.pop(name, None)
+
     def _mend_relay(self, spec: WorkerSpec) -> None:
         with self._engine() as engine, suppress(NotFound):
             state = self._state(engine.containers.get(spec.name))
@@ -366,6 +387,13 @@ class DockerRuntime:
                 finally:
                     for listener in listeners:
                         listener.close()
+
+
+def _probe(base_url: str) -> None:
+    """Fail where nobody listens; Docker's library would fail, too, and leave its socket open."""
+    if base_url.startswith("unix://"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(base_url.removeprefix("unix://"))
 
 
 def _is_engine_ending(error: APIError) -> bool:

@@ -24,7 +24,15 @@ from controlplane.workers.base import UnitStartError, WorkerSpec, WorkerState
 from controlplane.workers.commands import plan_unit, reason_of
 from controlplane.workers.namespaces import find_namespace, submounts_of, wrap
 from controlplane.workers.ports import listen_locally
-from controlplane.workers.processes import ProcessRecord, children_of, is_alive, read_record, record_of, write_record
+from controlplane.workers.processes import (
+    ProcessRecord,
+    children_of,
+    disown,
+    is_alive,
+    read_record,
+    record_of,
+    write_record,
+)
 from controlplane.workers.runfolder import RunFolder, unknown_unit
 
 __all__ = ["ProcessRuntime"]
@@ -125,7 +133,10 @@ class ProcessRuntime:
         """Accept every image: processes have none, they run the Python of this host."""
 
     async def close(self) -> None:
-        """Do nothing: units live without this object; see :meth:`.WorkerRuntime.close`."""
+        """Let go of the units, which live on; see :meth:`.WorkerRuntime.close`."""
+        for child in self._children.values():
+            disown(child)
+        self._children.clear()
 
     # How
 

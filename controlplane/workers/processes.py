@@ -6,10 +6,11 @@ Covers records of processes that cannot be mistaken for later ones with the same
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["ProcessRecord", "children_of", "is_alive", "read_record", "record_of", "write_record"]
+__all__ = ["ProcessRecord", "children_of", "disown", "is_alive", "read_record", "record_of", "write_record"]
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -76,6 +77,18 @@ def children_of(pid: int) -> list[ProcessRecord]:
     except (FileNotFoundError, ProcessLookupError):
         return []
     return [record_of(int(child)) for child in children]
+
+
+def disown(child: subprocess.Popen[bytes]) -> None:
+    """Say that a child is meant to outlive this process; Python would warn of it as of one that was forgotten.
+
+    Parameters
+    ----------
+    child
+        The child.
+    """
+    if child.poll() is None:
+        child.returncode = 0
 
 
 def write_record(path: Path, record: ProcessRecord) -> None:

@@ -16,11 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from workerbench import DockerBench, ProcessBench
+from workerbench import DockerBench, ProcessBench, client_of
 
-from controlplane.workers.base import PortTakenError, UnitUnknownError, WorkerSpec
+from controlplane.errors import RuntimeUnknownError
+from controlplane.workers.base import ImageError, PortTakenError, UnitStartError, UnitUnknownError, WorkerSpec
+from controlplane.workers.docker import DockerRuntime
+from controlplane.workers.processes import is_alive, read_record
 
 BENCHES = {"process": ProcessBench, "docker": DockerBench}
+
+only_process = pytest.mark.parametrize("bench", ["process"], indirect=True)
+only_docker = pytest.mark.parametrize("bench", ["docker"], indirect=True)
 
 
 @pytest.fixture(scope="module", params=["process", "docker"])
@@ -158,14 +164,14 @@ def test_stopping_leaves_nothing_though_a_worker_does_not_end_and_a_task_left_a_
 
 
 def test_a_unit_that_is_not_renewed_ends_though_nobody_asks_and_is_replaced_when_asked_for(bench):
-    spec = replace(bench.spec("short", processes=(7,)), deadline_seconds=2.0)
+    spec = bench.spec("short", processes=(7,))
     bench.do(bench.runtime.start(spec))
     bench.attach(spec)
-    bench.do(bench.runtime.renew(spec.name, 6.0))
-    until = time.monotonic() + 6.0
+    until = time.monotonic() + 4.0
+    bench.do(bench.runtime.renew(spec.name, 4.0))
     bench.wait(lambda: bench.pids(bench.worker(7)), "the worker's process")
     bench.wait(lambda: not bench.pids(bench.worker(7)), "the end of the worker")
-    assert time.monotonic() > until - 0.5  # the first deadline was replaced by the second
+    assert time.monotonic() > until
     bench.wait(lambda: bench.do(bench.runtime.observe())[spec.name].state == "exited", "the end of the unit")
     state = bench.do(bench.opened(bench.new_runtime()).observe())[spec.name]
     assert state.exit_code in {3, None}
@@ -197,7 +203,7 @@ def test_a_scheduler_is_reached_at_localhost_and_goes_when_it_is_stopped(bench):
     assert "second" not in bench.do(bench.runtime.observe())
 
 
-@pytest.mark.parametrize("bench", ["process"], indirect=True)
+@only_process
 def test_units_outlive_a_daemon_that_is_killed_but_not_their_lease(bench):
     code = f"""
         import asyncio, os, signal
@@ -219,7 +225,7 @@ def test_units_outlive_a_daemon_that_is_killed_but_not_their_lease(bench):
     assert bench.leftovers("orphan") == []
 
 
-@pytest.mark.parametrize("bench", ["process"], indirect=True)
+@only_process
 def test_a_process_sees_nothing_in_the_folders_of_other_sites(bench, unit):
     bench.wait_for_workers(unit.process_names[0])
     hidden = bench.hidden
@@ -230,3 +236,134 @@ def test_a_process_sees_nothing_in_the_folders_of_other_sites(bench, unit):
 def test_a_spec_goes_through_its_folder_unchanged(bench, unit):
     assert bench.runtime.folder.spec(unit.name) == unit
     assert isinstance(bench.runtime.folder.spec(unit.name), WorkerSpec)
+
+
+@only_docker
+def test_a_container_can_write_its_scratch_folder_and_nothing_else(bench, unit):
+    def try_to_write():
+        found = {}
+        for folder in ("/", "/etc", "/opt/meshcompute", "/run/meshcompute", "/scratch", "/tmp"):
+            try:
+                Path(folder, "file").write_text("")
+                found[folder] = "written"
+            except OSError as error:
+                found[folder] = error.strerror
+        return found
+
+    assert bench.on(unit.process_names[0], try_to_write) == {
+        "/": "Read-only file system",
+        "/etc": "Read-only file system",
+        "/opt/meshcompute": "Read-only file system",
+        "/run/meshcompute": "Read-only file system",
+        "/scratch": "written",
+        "/tmp": "written",
+    }
+
+
+@only_docker
+def test_a_container_has_the_rights_and_the_limits_of_its_spec(bench, unit):
+    def look():
+        groups = os.getgroups()
+        scratch = os.statvfs("/scratch")
+        links = sorted(path.name for path in Path("/sys/class/net").iterdir())
+        memory = Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")
+        memory = memory if memory.exists() else Path("/sys/fs/cgroup/memory.max")
+        return groups, scratch.f_blocks * scratch.f_frsize, links, int(memory.read_text())
+
+    groups, scratch_nbytes, links, memory_nbytes = bench.on(unit.process_names[0], look)
+    shares = unit.memory_bytes_per_process * len(unit.process_names)
+    assert set(groups) == {unit.gid, *unit.groups}
+    assert scratch_nbytes < shares
+    assert links == ["lo", "mesh0"]
+    assert shares + scratch_nbytes <= memory_nbytes < 2 * shares + scratch_nbytes
+    with client_of(bench.base_url) as engine:
+        host = engine.containers.get(unit.name).attrs["HostConfig"]
+    assert host["NanoCpus"] == unit.threads_per_process * len(unit.process_names) * 10**9
+    assert host["MemorySwap"] == host["Memory"] == memory_nbytes
+    assert host["RestartPolicy"]["Name"] == "no"
+    assert host["NetworkMode"] == "none"
+    assert host["Init"]
+
+
+@only_docker
+def test_workers_listen_nowhere_but_on_the_data_plane_and_their_own_localhost(bench, unit):
+    def listening():
+        found = set()
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state = line.split()[:4]
+                if state == "0A" or table.startswith("udp"):
+                    words = bytes.fromhex(local.split(":")[0])
+                    found.add(b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4)))
+        return found
+
+    found = bench.on(unit.process_names[0], listening)
+    assert found == {unit.address.packed, bytes([127, 0, 0, 1])}
+
+
+@only_docker
+def test_an_image_that_is_not_here_is_named(bench):
+    bench.do(bench.runtime.check_image(None))
+    with pytest.raises(ImageError, match="nobody/nothing:1"):
+        bench.do(bench.runtime.check_image("nobody/nothing:1"))
+    with pytest.raises(ImageError, match="nobody/nothing:1"):
+        bench.do(bench.runtime.start(replace(bench.spec("imageless", processes=(4,)), image="nobody/nothing:1")))
+    assert "imageless" not in bench.do(bench.runtime.observe())
+
+
+@only_docker
+def test_what_the_engine_refuses_is_an_error_that_says_why_and_leaves_nothing(bench):
+    spec = replace(bench.spec("impossible", processes=(4,)), data_folders=("/does/not/exist",))
+    with pytest.raises(UnitStartError, match="/does/not/exist"):
+        bench.do(bench.runtime.start(spec))
+    assert bench.leftovers("impossible") == []
+
+
+@only_docker
+def test_containers_of_others_are_neither_seen_nor_touched(bench, unit, tmp_path):
+    other = bench.opened(DockerRuntime(tmp_path, base_url=bench.base_url))
+    assert bench.do(other.observe()) == {}
+    with pytest.raises(UnitStartError, match="not one of this daemon's"):
+        bench.do(other.stop(unit.name, 1))
+    assert bench.do(bench.runtime.observe())[unit.name].state == "running"
+
+
+@only_docker
+def test_a_relay_that_was_killed_comes_back_with_the_next_renewal(bench):
+    spec = bench.second_scheduler()
+    bench.do(bench.runtime.start(spec))
+    record = read_record(bench.runtime.folder.folder(spec.name) / "relay.json")
+    os.kill(record.pid, signal.SIGKILL)
+    bench.wait(lambda: not is_alive(record), "the end of the relay")
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", spec.client_port), timeout=10)
+    bench.do(bench.opened(bench.new_runtime()).renew(spec.name, 120))
+    with socket.create_connection(("127.0.0.1", spec.client_port), timeout=10):
+        pass
+    bench.do(bench.runtime.stop(spec.name, 1))
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", spec.client_port), timeout=10)
+
+
+@only_docker
+def test_an_engine_that_does_not_answer_means_unknown_and_deadlines_hold_without_it(bench, tmp_path):
+    spec = bench.spec("abandoned", processes=(4,))
+    bench.do(bench.runtime.start(spec))
+    bench.attach(spec)
+    bench.wait_for_workers(*spec.process_names)
+    impatient = bench.opened(bench.new_runtime(timeout_seconds=1))
+    assert spec.name in bench.do(impatient.observe())
+    os.kill(bench.engine, signal.SIGSTOP)
+    try:
+        with pytest.raises(RuntimeUnknownError, match="does not answer"):
+            bench.do(impatient.observe())
+        with pytest.raises(RuntimeUnknownError, match="does not answer"):
+            bench.do(impatient.stop(spec.name, 1))  # cannot be carried out, but the lease is withdrawn
+        bench.wait(lambda: not bench.pids(*spec.process_names), "the end of the worker", has_engine=False)
+    finally:
+        os.kill(bench.engine, signal.SIGCONT)
+    bench.wait(lambda: bench.do(bench.runtime.observe())[spec.name].state == "exited", "the end of the unit")
+    bench.do(bench.runtime.stop(spec.name, 1))
+    gone = bench.opened(DockerRuntime(tmp_path, base_url=f"unix://{tmp_path}/nobody.sock"))
+    with pytest.raises(RuntimeUnknownError, match=r"nobody\.sock"):
+        bench.do(gone.observe())
