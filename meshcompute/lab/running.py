@@ -31,6 +31,7 @@ ANSWER_TIMEOUT_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = 20.0
 REPLY_NBYTES = 1 << 20
 MOST_FDS = 64
+DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 CGROUPS = Path("/sys/fs/cgroup")
 # What a user's session on the machine says about the machine is wrong on a host of the lab.
 FOREIGN_VARIABLES = frozenset(
@@ -178,7 +179,7 @@ class RunningLab:
         Returns
         -------
         arguments
-            What to execute. It ends when the thread that started it does.
+            What to execute. The command ends when the process made of this does.
         environment
             Variables for it.
 
@@ -197,7 +198,7 @@ class RunningLab:
         become = [] if user == "root" else [f"--reuid={user}", f"--regid={user}", "--init-groups"]
         enter = ["nsenter", f"--target={status.pids[host]}", "--mount", "--net", "--pid", "--uts", "--ipc"]
         start = ["sh", "-c", 'cd "$1" 2>/dev/null || cd; shift; exec "$@"', "sh", str(folder or Path.cwd()), *command]
-        return [*enter, "--root", "--wd", "--", "setpriv", *become, "--pdeathsig", "KILL", "--", *start], variables
+        return [*enter, "--root", "--wd", "--", *DIES_WITH_PARENT, *become, "--", *start], variables
 
     def run(
         self, host: str, *command: str, user: str = "root", timeout: float = 60.0, check: bool = True, **options: Any
@@ -231,7 +232,8 @@ class RunningLab:
         """
         arguments, variables = self.command(host, command, user=user)
         options = {"capture_output": True, "text": True, "env": variables, **options}
-        done: subprocess.CompletedProcess[str] = subprocess.run(arguments, timeout=timeout, check=False, **options)
+        done: subprocess.CompletedProcess[str]
+        done = subprocess.run([*DIES_WITH_PARENT, *arguments], timeout=timeout, check=False, **options)
         if check and done.returncode != 0:
             wrote = f"{done.stdout or ''}{done.stderr or ''}".strip()
             raise LabError(f"On host {host}, {' '.join(command)} ended with exit code {done.returncode}: {wrote}")
@@ -240,7 +242,7 @@ class RunningLab:
     def popen(self, host: str, *command: str, user: str = "root", **options: Any) -> subprocess.Popen[Any]:
         """Start a command on a host, which ends when this thread does; options as of :class:`subprocess.Popen`."""
         arguments, variables = self.command(host, command, user=user)
-        return subprocess.Popen(arguments, **{"env": variables, **options})
+        return subprocess.Popen([*DIES_WITH_PARENT, *arguments], **{"env": variables, **options})
 
     # Ending
 
@@ -267,29 +269,39 @@ class RunningLab:
     # How
 
     def _ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], list[int]]:
+        """Send a request; returns the answer, and file descriptors that the caller closes."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(ANSWER_TIMEOUT_SECONDS)
             try:
                 connection.connect(address_of(self.name))
-            except ConnectionRefusedError as exc:
+                connection.sendall(json.dumps(request).encode() + b"\n")
+                data, fds = _receive(connection)
+            except (ConnectionError, EOFError) as exc:  # there is none, or it has ended while it was asked
                 cure = "meshcompute lab up" + ("" if self.name == "lab" else f" --name {self.name}")
                 raise LabStateError(f"No lab {self.name!r} is up on this machine. Start it: {cure}") from exc
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            room = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
-            data, ancillary, _, _ = connection.recvmsg(REPLY_NBYTES, room)
-            fds = array.array("i")
-            for level, kind, payload in ancillary:
-                if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                    fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
-            while not data.endswith(b"\n"):
-                more = connection.recv(REPLY_NBYTES)
-                if not more:
-                    raise LabError(f"The lab {self.name!r} ended while it was asked for {request['do']}.")
-                data += more
+            except TimeoutError as exc:
+                message = f"The lab {self.name!r} did not answer within {ANSWER_TIMEOUT_SECONDS:g} s. End it"
+                raise LabError(f"{message} by kill -9 of its processes; nothing of it stays.") from exc
         answer = json.loads(data)
         if "error" in answer:
             raise LabError(answer["error"])
-        return answer, list(fds)
+        return answer, fds
+
+
+def _receive(connection: socket.socket) -> tuple[bytes, list[int]]:
+    room = socket.CMSG_SPACE(MOST_FDS * array.array("i").itemsize)
+    data, ancillary, _, _ = connection.recvmsg(REPLY_NBYTES, room)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    while not data.endswith(b"\n"):
+        more = connection.recv(REPLY_NBYTES)
+        if not more:
+            _close(fds)
+            raise EOFError
+        data += more
+    return data, list(fds)
 
 
 def address_of(name: str) -> str:

@@ -28,7 +28,7 @@ from meshcompute.lab.errors import LabError, LabMissingError, LabStartError, Lab
 from meshcompute.lab.running import CGROUPS, RunningLab, address_of, sweep_cgroups
 from meshcompute.lab.topology import ACCOUNTS, Account, Lab
 
-__all__ = ["check_machine", "find_accounts", "has_engine", "start_lab"]
+__all__ = ["NEEDED", "PACKAGE_OF", "check_machine", "find_accounts", "find_program", "has_engine", "start_lab"]
 
 PACKAGE_OF = {  # in Debian
     "debootstrap": "debootstrap",
@@ -48,8 +48,12 @@ NEEDED = ("ip", "mount", "nsenter", "pivot_root", "setpriv", "ssh", "ssh-keygen"
 FIRST_UID = 2000  # of accounts: above those that people and packages get first, below those of containers
 START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 20.0
+POLL_SECONDS = 0.05
+# A death signal that is asked for after the parent's death never comes: hence the looks at PPID.
 _GUARDIAN = """\
-setpriv --pdeathsig KILL unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private -- "$@" &
+[ {parent} -eq 0 ] || [ $PPID -eq {parent} ] || exit 1
+setpriv --pdeathsig KILL sh -c '[ $PPID -eq '$$' ] || exit 1
+    exec unshare --mount --net --pid --fork --kill-child --mount-proc --propagation private -- "$@"' sh "$@" &
 trap '' TERM INT HUP
 wait $!
 find {cgroups} -depth -type d -path '*{label}/*' -exec rmdir {{}} + 2>/dev/null
@@ -67,10 +71,11 @@ def find_accounts() -> tuple[Account, ...]:
 
 def has_engine() -> bool:
     """Tell whether this machine has a Docker engine that hosts could start for themselves."""
-    return _find("dockerd") is not None
+    return find_program("dockerd") is not None
 
 
-def _find(program: str) -> str | None:
+def find_program(program: str) -> str | None:
+    """Find a program, also where only root looks for it."""
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
@@ -85,7 +90,7 @@ def check_machine(lab: Lab) -> None:
     if os.geteuid() != 0:
         raise LabMissingError("A lab needs root: it makes namespaces and mounts. Run it with sudo.")
     needed = (*NEEDED, "dockerd") if lab.engine else NEEDED
-    missing = [program for program in needed if _find(program) is None]
+    missing = [program for program in needed if find_program(program) is None]
     if missing:
         packages = " ".join(dict.fromkeys(PACKAGE_OF[program] for program in missing))
         raise LabMissingError(
@@ -125,18 +130,11 @@ def start_lab(
         A part did not start; everything is gone again.
     """
     check_machine(lab)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(address_of(lab.name))
-    except OSError as exc:
-        if exc.errno != errno.EADDRINUSE:
-            raise
-        cure = f"meshcompute lab down --name {lab.name}"
-        raise LabStateError(f"The lab {lab.name!r} is up already. End it ({cure}) or choose another --name.") from exc
+    listener = _bind(lab.name)
     listener.listen(16)
     sweep_cgroups(lab)
     reader, writer = os.pipe()
-    guardian = _GUARDIAN.format(cgroups=CGROUPS, label=lab.cgroup)
+    guardian = _GUARDIAN.format(cgroups=CGROUPS, label=lab.cgroup, parent=os.getpid() if dies_with_us else 0)
     command = [
         "sh",
         "-c",
@@ -175,6 +173,27 @@ def start_lab(
     return process
 
 
+def _bind(name: str) -> socket.socket:
+    """Take the lab's address; a lab that is just ending still has it for a moment."""
+    deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
+    while True:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            listener.bind(address_of(name))
+            return listener
+        except OSError as exc:
+            listener.close()
+            if exc.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise
+        try:
+            RunningLab(name).status()
+        except LabStateError:
+            time.sleep(POLL_SECONDS)
+        else:
+            cure = f"meshcompute lab down --name {name}"
+            raise LabStateError(f"The lab {name!r} is up already. End it ({cure}) or choose another --name.")
+
+
 def _follow(fd: int, say: Callable[[str], None]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
     pending = b""
@@ -191,5 +210,5 @@ def _follow(fd: int, say: Callable[[str], None]) -> None:
             if text == "ready":
                 return
             if text.startswith("error "):
-                raise LabError(json.loads(text.removeprefix("error ")))
+                raise LabStartError(*json.loads(text.removeprefix("error ")))
             say(text)

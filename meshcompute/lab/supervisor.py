@@ -27,7 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from meshcompute.lab.errors import LabError
+from meshcompute.lab.errors import LabError, LabStartError
 from meshcompute.lab.hosts import RunningHost, make_keys, set_addresses, start_host, wait_until_ready
 from meshcompute.lab.nat import Nat
 from meshcompute.lab.shaping import Shape
@@ -212,9 +212,11 @@ def main() -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: supervisor.wan.stop())
         supervisor.run()
-    except Exception as exc:
-        text = str(exc) if isinstance(exc, LabError) else traceback.format_exc()
-        say("error " + json.dumps(text))
+    except LabStartError as exc:
+        say("error " + json.dumps([exc.part, exc.reason, exc.log]))
+        sys.exit(1)
+    except Exception:
+        say("error " + json.dumps(["the supervisor", "failed", traceback.format_exc()]))
         sys.exit(1)
     # Hosts and their threads of ours end with process 1, which ends with us.
     os._exit(0)

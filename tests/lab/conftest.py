@@ -1,0 +1,177 @@
+"""Labs for tests: one that the whole run shares, without engines, and starting one of one's own.
+
+Covers fixtures, and what the kernel knows about a lab, to compare with before. Tests that end a lab start their own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshcompute.lab.errors import LabStateError
+from meshcompute.lab.running import RunningLab
+from meshcompute.lab.starting import NEEDED, PACKAGE_OF, find_accounts, has_engine, start_lab
+from meshcompute.lab.starting import find_program as find
+from meshcompute.lab.topology import Lab
+
+PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+COMMAND = (sys.executable, "-c", "from meshcompute.lab.cli import lab; lab(prog_name='meshcompute lab')")
+GONE_WITHIN_SECONDS = 15.0
+
+
+@pytest.fixture(scope="session")
+def can_have_lab(need: Callable[..., None]) -> None:
+    """What every lab needs; the lab itself would say so, too."""
+    need("root", os.geteuid() == 0)
+    for program in NEEDED:
+        need(program, find(program), f"apt-get install {PACKAGE_OF[program]}")
+    need("TUN devices", Path("/dev/net/tun").exists())
+
+
+@pytest.fixture(scope="session")
+def can_have_engine(need: Callable[..., None]) -> None:
+    """A Docker engine that hosts can start."""
+    need("dockerd", has_engine(), "apt-get install docker.io")
+
+
+@pytest.fixture(scope="module")
+def start(can_have_lab: None) -> Iterator[Callable[..., RunningLab]]:
+    """Start a lab of one's own; arguments as of Lab. It ends with the test file."""
+    with ExitStack() as stack:
+
+        def start(**options: Any) -> RunningLab:
+            name = f"test-{os.getpid()}-{time.monotonic_ns()}"
+            guardian = start_lab(Lab(**{"name": name, "path": PATH, "accounts": find_accounts(), **options}))
+            running = RunningLab(options.get("name", name))
+
+            def stop() -> None:
+                with suppress(LabStateError):  # the test may have ended it
+                    running.stop()
+                guardian.wait(GONE_WITHIN_SECONDS)
+
+            stack.callback(stop)
+            return running
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def shared_lab(start: Callable[..., RunningLab]) -> RunningLab:
+    """A lab that the tests of a file share."""
+    return start()
+
+
+@pytest.fixture
+def lab(shared_lab: RunningLab) -> Iterator[RunningLab]:
+    """The shared lab, whose WAN is as fast as it goes and lets everything pass, before and after."""
+    yield shared_lab
+    shared_lab.shape(rate_bits_per_second=None, delay_seconds=0.0, loss=0.0, is_cut=False)
+    for host in shared_lab.status().hosts_with_nat:
+        shared_lab.set_nat(host, False)
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``meshcompute lab`` with arguments, as a user would."""
+
+    def command(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+
+    return command
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the kernel shows of this machine, as far as a lab could change it."""
+
+    links: frozenset[str]
+    routes: frozenset[str]
+    rules: frozenset[str]
+    mounts: frozenset[str]
+    cgroups: frozenset[str]
+    sockets: frozenset[str]
+    files: frozenset[str]
+    accounts: str
+
+    @classmethod
+    def observe(cls) -> Machine:
+        """Look at it now."""
+        return cls(
+            links=_lines("ip", "-o", "link"),
+            routes=_lines("ip", "route", "show", "table", "all"),
+            rules=_lines("ip", "rule"),
+            # `ip netns` of others makes mounts there; a lab never does.
+            mounts=frozenset(
+                line.split(" ", 4)[4]
+                for line in Path("/proc/self/mountinfo").read_text().splitlines()
+                if "/run/netns" not in line
+            ),
+            cgroups=frozenset(map(str, Path("/sys/fs/cgroup").glob("**/*meshcompute-lab*"))),
+            sockets=frozenset(re.findall(r"@meshcompute-lab/\S+", Path("/proc/net/unix").read_text())),
+            files=frozenset(
+                str(file) for folder in ("/", "/mnt", "/home", "/run", "/etc/ssh", "/var/lib") for file in _in(folder)
+            ),
+            accounts="".join(Path("/etc", name).read_text() for name in ("passwd", "group", "shadow")),
+        )
+
+
+def _lines(*command: str) -> frozenset[str]:
+    return frozenset(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+
+
+def _in(folder: str) -> list[Path]:
+    return list(Path(folder).iterdir()) if Path(folder).is_dir() else []
+
+
+def namespaces_of(pid: int) -> frozenset[str]:
+    """Namespaces of a process that this one is not in."""
+
+    def read(pid: int | str) -> set[str]:
+        return {str(entry.readlink()) for entry in Path(f"/proc/{pid}/ns").iterdir()}
+
+    return frozenset(read(pid) - read("self"))
+
+
+def processes_in(namespaces: frozenset[str]) -> dict[int, str]:
+    """Processes of this machine that are in any of these namespaces, with their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):  # it has ended meanwhile
+            if entry.name.isdigit() and namespaces & {str(link.readlink()) for link in (entry / "ns").iterdir()}:
+                found[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
+    return found
+
+
+@pytest.fixture
+def expect_nothing_left() -> Iterator[Callable[[RunningLab], None]]:
+    """Note a running lab; at the end of the test, the kernel must show nothing of it, and the machine as before."""
+    before = Machine.observe()
+    namespaces: set[str] = set()
+
+    def note(running: RunningLab) -> None:
+        status = running.status()
+        for pid in (status.supervisor_pid, *status.pids.values()):
+            namespaces.update(namespaces_of(pid))
+        assert len(namespaces) >= 3 + 5 * len(status.pids)
+
+    yield note
+    assert namespaces, "the test has noted no lab"
+    deadline = time.monotonic() + GONE_WITHIN_SECONDS
+    while True:
+        processes, after = processes_in(frozenset(namespaces)), Machine.observe()
+        if (not processes and after == before) or time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    assert not processes
+    for name in Machine.__slots__:
+        assert getattr(after, name) == getattr(before, name), name
