@@ -302,11 +302,16 @@ class DockerRuntime:
         """Fill the folder that the container sees; what runs in it comes along, so that any image with Dask will do."""
         listener = f"{GIVEN}/locallistener.py" if spec.role == "scheduler" and spec.address is not None else None
         plan = plan_unit(spec, python="python3", scratch=SCRATCH, grace_seconds=GRACE_SECONDS, listener=listener)
-        self.folder.create(spec, plan)
-        for module in (entrypoint, locallistener):
-            copy = self.folder.given(spec.name) / Path(str(module.__file__)).name
-            shutil.copyfile(str(module.__file__), copy)
-            copy.chmod(0o644)
+        try:
+            self.folder.create(spec, plan)
+            for module in (entrypoint, locallistener):
+                copy = self.folder.given(spec.name) / Path(str(module.__file__)).name
+                shutil.copyfile(str(module.__file__), copy)
+                copy.chmod(0o644)
+        except OSError as exc:
+            raise UnitStartError(
+                f"The folder of container {spec.name!r} cannot be written: {exc}. Mend it, it is tried again."
+            ) from exc
 
     def _stop(self, name: str, grace_seconds: float) -> None:
         self.folder.end(name, grace_seconds)  # first: it works without an engine, too

@@ -75,7 +75,11 @@ def wrap(
     list of str
         The command to start.
     """
-    drop = [] if namespace is None or "--user" not in namespace else ["--inh-caps=-all", "--ambient-caps=-all"]
+    drop = (
+        []
+        if namespace is None or "--user" not in namespace
+        else ["--inh-caps=-all", "--ambient-caps=-all", "--bounding-set=-all"]
+    )
     if user is not None:
         uid, gid, groups = user
         further = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]

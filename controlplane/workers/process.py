@@ -147,7 +147,17 @@ class ProcessRuntime:
         if spec.role == "scheduler":
             for listener in listen_locally(spec):
                 listener.close()  # Dask opens it again; would it be taken now, Dask would choose another one
+        try:
+            return self._launch(spec, user)
+        except OSError as exc:
+            raise UnitStartError(
+                f"Worker unit {spec.name!r} cannot be started: {exc}. Mend it, it is tried again."
+            ) from exc
+
+    def _launch(self, spec: WorkerSpec, user: tuple[int, int, tuple[int, ...]] | None) -> WorkerState:
         self._look_at_host()
+        if self._namespace is None:
+            self._link_views(spec)
         scratch = self.folder.folder(spec.name) / "scratch"
         plan = plan_unit(
             spec, python=self.python, scratch=str(scratch), grace_seconds=GRACE_SECONDS, environment=self.environment
@@ -205,6 +215,15 @@ class ProcessRuntime:
             return WorkerState(cluster_id=spec.cluster_id, name=name, state="starting")
         message = "it was started only in part" if process is None else reason_of(code)
         return WorkerState(cluster_id=spec.cluster_id, name=name, state="exited", exit_code=code, message=message)
+
+    def _link_views(self, spec: WorkerSpec) -> None:
+        """Let folders lead to where the data really is, where they cannot be mounted."""
+        for folder in map(Path, spec.data_folders):
+            source = self.views.get(str(folder), str(folder))
+            if source != str(folder) and not folder.is_symlink():
+                if folder.is_dir():
+                    folder.rmdir()  # fails if something is in it: then it is not the empty place that it should be
+                folder.symlink_to(source, target_is_directory=True)
 
     def _views(self, folders: Sequence[str]) -> dict[str, str]:
         sources = {self.views.get(folder, folder): folder for folder in folders}

@@ -1,0 +1,143 @@
+"""What the keeper inside every unit promises, with processes that need no Dask."""
+
+import json
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from controlplane.workers import entrypoint
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """Start a keeper with shell scripts as its processes; they are ended with the test."""
+    keepers = []
+
+    def keep(*scripts, deadline_seconds=60.0, stdout=subprocess.PIPE, **plan):
+        processes = [
+            {"name": f"p{number}", "argv": ["sh", "-c", script], "environment": {"NUMBER": str(number)}}
+            for number, script in enumerate(scripts)
+        ]
+        defaults = {"address": None, "address_timeout_seconds": 1.0, "grace_seconds": 0.5, "log_bytes_max": 1 << 20}
+        plan = {**defaults, "scratch": str(tmp_path / "scratch"), "processes": processes, **plan}
+        (tmp_path / "given").mkdir()
+        (tmp_path / "given/plan.json").write_text(json.dumps(plan))
+        renew(tmp_path, deadline_seconds)
+        command = [sys.executable, "-I", entrypoint.__file__, str(tmp_path / "given")]
+        keepers.append(subprocess.Popen(command, stdout=stdout))
+        return keepers[-1]
+
+    yield keep
+    for keeper in keepers:
+        keeper.kill()
+        keeper.wait()
+        if keeper.stdout is not None:
+            keeper.stdout.close()
+
+
+def renew(folder, deadline_seconds):
+    (folder / "new").write_text(repr(time.monotonic() + deadline_seconds))
+    (folder / "new").rename(folder / "given/lease")
+
+
+def wait(is_true, what):
+    until = time.monotonic() + 30
+    while not is_true():
+        assert time.monotonic() < until, what
+        time.sleep(0.02)
+
+
+def test_a_passed_deadline_ends_what_ignores_sigterm(keep, tmp_path):
+    keeper = keep(f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 1; done", deadline_seconds=1.0)
+    assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_lease_that_cannot_be_read_leaves_the_last_deadline(keep, tmp_path):
+    started = time.monotonic()
+    keeper = keep(f"touch {tmp_path}/runs; sleep 100", deadline_seconds=1.5)
+    wait((tmp_path / "runs").exists, "the process")
+    (tmp_path / "given/lease").unlink()
+    assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
+    assert time.monotonic() - started >= 1.5
+
+
+@pytest.mark.parametrize("nonsense", ["nan", "-inf", "0"])
+def test_a_deadline_that_means_nothing_has_passed(keep, tmp_path, nonsense):
+    keeper = keep(f"touch {tmp_path}/runs; sleep 100")
+    wait((tmp_path / "runs").exists, "the process")
+    (tmp_path / "given/lease").write_text(nonsense)
+    assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
+
+
+def test_a_folder_that_takes_the_name_later_is_not_obeyed(keep, tmp_path):
+    keeper = keep(f"touch {tmp_path}/runs; sleep 100", deadline_seconds=2.0)
+    wait((tmp_path / "runs").exists, "the process")
+    (tmp_path / "given").rename(tmp_path / "old")
+    (tmp_path / "old/lease").unlink()
+    (tmp_path / "given").mkdir()
+    renew(tmp_path, 600)
+    assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
+
+
+def test_an_address_that_does_not_appear_ends_the_wait(keep, tmp_path):
+    keeper = keep(f"touch {tmp_path}/runs", address="fda5:c0ff:eeee:9::9", address_timeout_seconds=0.3)
+    output, _ = keeper.communicate(timeout=30)
+    assert keeper.returncode == entrypoint.EXIT_NO_ADDRESS
+    assert b"fda5:c0ff:eeee:9::9 did not appear in 0.3 s" in output
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_address_that_is_here_lets_the_processes_start(keep, tmp_path):
+    keep(f"touch {tmp_path}/runs; sleep 100", address="::1")
+    wait((tmp_path / "runs").exists, "the process")
+
+
+def test_what_exits_is_started_again_with_longer_and_longer_pauses(keep, tmp_path):
+    keep(f"date +%s.%N >> {tmp_path}/starts")
+    wait(lambda: (tmp_path / "starts").exists() and len((tmp_path / "starts").read_text().split()) >= 4, "restarts")
+    starts = [float(word) for word in (tmp_path / "starts").read_text().split()]
+    pauses = [later - earlier for earlier, later in pairwise(starts)]
+    assert pauses[0] >= 0.2
+    assert pauses[1] >= 0.4
+    assert pauses[2] >= 0.8
+
+
+def test_a_program_that_is_missing_is_said_and_does_not_end_the_others(keep, tmp_path):
+    processes = [
+        {"name": "missing", "argv": ["/no/such/program"], "environment": {}},
+        {"name": "there", "argv": ["sh", "-c", f"touch {tmp_path}/runs; sleep 100"], "environment": {}},
+    ]
+    keeper = keep(processes=processes)
+    wait((tmp_path / "runs").exists, "the other process")
+    keeper.terminate()
+    output, _ = keeper.communicate(timeout=30)
+    assert keeper.returncode == 0
+    assert b"keeper | missing cannot be started" in output
+
+
+def test_a_reader_that_has_stopped_does_not_keep_the_deadline_from_passing(keep):
+    keeper = keep("yes nobody reads this", deadline_seconds=2.0)  # nobody reads the pipe, as when an engine has died
+    assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
+
+
+def test_a_log_file_stays_bounded(keep, tmp_path):
+    with (tmp_path / "log").open("ab") as log:
+        keeper = keep("yes | head -c 1000000", "sleep 100", stdout=log, log_bytes_max=100_000, deadline_seconds=2.0)
+    assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
+    assert (tmp_path / "log").stat().st_size < 300_000
+
+
+def test_lines_come_whole_and_with_the_name_of_who_wrote_them(keep, tmp_path):
+    with (tmp_path / "log").open("ab") as log:
+        keeper = keep("printf 'one\\ntw'; sleep 0.3; printf 'o\\nno end'; sleep 100", stdout=log)
+    wait(lambda: b"o\n" in (tmp_path / "log").read_bytes(), "the second line")
+    keeper.terminate()
+    assert keeper.wait(30) == 0
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("p0 | ")] == ["p0 | one", "p0 | two", "p0 | no end"]
