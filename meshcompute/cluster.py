@@ -22,6 +22,7 @@ from typing import Any, Self
 import dask
 from distributed.core import Status, rpc
 from distributed.deploy.cluster import Cluster
+from distributed.objects import SchedulerInfo
 from distributed.utils import NoOpAwaitable
 
 from meshcompute.clusterrecord import ClusterRecord, find_record, forget, process_started, remember
@@ -220,8 +221,18 @@ class MeshCluster(Cluster):
     async def _attach(self) -> None:
         await self.mesh.refresh()
         self.scheduler_comm = rpc(self._record.client_address)
-        await super()._start()
+        # A scheduler tells one Cluster only of workers that come and go (its plugin for that has a fixed name), and
+        # that is the one that keeps it: this one has to ask.
+        self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
+        self._in_background(self._ask_for_workers())
+        self.status = Status.running
         self._set_propagate()
+
+    async def _ask_for_workers(self) -> None:
+        while True:
+            await asyncio.sleep(STATUS_LOOK_SECONDS)
+            with contextlib.suppress(OSError):
+                self.scheduler_info = SchedulerInfo(await self.scheduler_comm.identity(n_workers=-1))
 
     async def _boot_all(self) -> None:
         deadline = self._began + self._start_timeout_seconds
@@ -341,6 +352,7 @@ class MeshCluster(Cluster):
             self._setting.__exit__(None, None, None)
         with contextlib.suppress(OSError):  # the scheduler may be gone already
             await super()._close()
+        self.status = Status.closing  # Dask's part is; the sites are not yet
         if not self._owns:
             await self.mesh.disconnect()
         else:

@@ -60,14 +60,19 @@ async def _describe(record: ClusterRecord) -> str:
         name = "scheduler" if site == SCHEDULER_SITE else record.pools.get(site, "?")
         where = str(sites.controls[site].address)
         lines.append(f"  {site}  {name:<12}  {where:<24}  {_line(answer)}")
-    is_gone = [isinstance(answer, SiteRefusedError) and answer.kind == "not_found" for answer in said.values()]
-    if all(is_gone) and not record.is_kept():
+    if all(_is_gone(answer) for answer in said.values()) and not record.is_kept():
         forget(record.name)
     return "\n".join(lines)
 
 
+def _is_gone(answer: ClusterStatus | SiteError) -> bool:
+    if isinstance(answer, ClusterStatus):
+        return answer.phase == "gone"
+    return isinstance(answer, SiteRefusedError) and answer.kind == "not_found"
+
+
 def _line(answer: ClusterStatus | SiteError) -> str:
-    if isinstance(answer, SiteRefusedError) and answer.kind == "not_found":
+    if _is_gone(answer):
         return "has nothing of it"
     if isinstance(answer, SiteError):
         return f"does not answer ({answer.message})"

@@ -148,6 +148,7 @@ class MeshSites:
             self._say(f"{self.name_of(site)}: reached in {time.monotonic() - begin:.1f} s{way}")
 
         await self._everywhere(reach_one)
+        self.infos = dict(sorted(self.infos.items()))  # they came in any order
         members = [
             Member(
                 site=site,

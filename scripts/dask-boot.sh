@@ -7,7 +7,7 @@
 set -euo pipefail
 for python in ${PYTHON:-python python3}; do
     if "$python" -c 'import meshcompute.clustercli' 2>/dev/null; then
-        exec "$python" -m meshcompute up "$@"
+        exec "$python" -m meshcompute.clustercli up "$@"
     fi
 done
 echo "dask-boot.sh: ${PYTHON:-python} has no meshcompute. Install it (pip install .), or set PYTHON=/path/to/python." >&2
