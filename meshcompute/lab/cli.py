@@ -191,21 +191,25 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     from dataclasses import replace
 
     from meshcompute.lab.images import open_image_store
-    from meshcompute.lab.starting import find_accounts, has_engine, start_lab
-    from meshcompute.lab.topology import Lab, default_hosts
+    from meshcompute.lab.starting import find_accounts, find_readable, has_engine, start_lab
+    from meshcompute.lab.topology import SYSTEM_PATH, Lab, default_hosts
 
     data = dict(item.split("=", 1) for item in options["data"])
     hosts = tuple(
         replace(host, data=data.get(host.name), has_nat=host.name in options["nat"]) for host in default_hosts()
     )
     rate = options["rate"]
-    path = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    # Hosts find what the caller finds, and first of all what was installed with meshcompute.
+    folders = [str(Path(sys.executable).parent), *os.get_exec_path(), *SYSTEM_PATH.split(":")]
+    path = ":".join(dict.fromkeys(folders))
+    shared = options["share"] and str(Path(options["share"]).resolve())
     wanted = Lab(
         name=options["name"],
         hosts=hosts,
-        shared=options["share"] and str(Path(options["share"]).resolve()),
+        shared=shared,
         path=path,
         accounts=find_accounts(),
+        readable=find_readable(shared),
         delay_seconds=options["delay"] / 1e3,
         rate_bits_per_second=None if rate is None else rate * 1e6,
         loss=options["loss"],
@@ -213,16 +217,19 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
         engine=has_engine() if options["engine"] is None else options["engine"],
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    locks = []
     with _Errors():
         if wanted.engine and options["image"] != "none":
             archive = options["image"] and Path(options["image"])
-            store, _lock = open_image_store(archive, say=lambda line: click.echo(line, err=True))
+            store, lock = open_image_store(archive, say=lambda line: click.echo(line, err=True))
             wanted = replace(wanted, image_store=str(store))
+            locks.append(lock)
         started = time.monotonic()
         start_lab(
             wanted,
             say=lambda line: click.echo(f"{time.monotonic() - started:6.2f} s  {line}", err=True),
             dies_with_us=dies_with_us,
+            locks=locks,
         )
 
 

@@ -216,6 +216,10 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         "umount -l /mnt",
         f"hostname {host.name}",
         f"mkdir -p {LOG_FOLDER}",
+        # Logins without a terminal look in few folders only.
+        "for program in meshcompute meshcompute-site; do",
+        "    if found=$(command -v $program); then ln -sf $found /usr/local/bin/$program; fi",
+        "done",
         "ip link set lo up",
         f"ip link set {UPLINK} addrgenmode none",  # it would ask the WAN for IPv6 routers, and spoil the counters
         f"ip link set {UPLINK} txqueuelen {QUEUE_PACKETS} up",

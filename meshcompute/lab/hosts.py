@@ -110,6 +110,18 @@ def place(upper: Path, file: PlacedFile) -> None:
     os.chown(target, file.uid, file.gid)
 
 
+def _open_way(upper: Path, path: Path) -> None:
+    """Let every account of a host pass through the folders above a path."""
+    for folder in reversed(path.parents[:-1]):
+        if not folder.is_dir() or folder.is_symlink() or folder.stat().st_mode & 0o001:
+            continue
+        # A folder of the upper layer has the say about permissions; what is in it comes from both.
+        place(upper, PlacedFile(path=str(folder / ".lab"), text=""))
+        inside = upper / str(folder).lstrip("/")
+        (inside / ".lab").unlink()
+        inside.chmod(inside.stat().st_mode | 0o111)
+
+
 def start_host(
     lab: Lab,
     host: Host,
@@ -150,6 +162,8 @@ def start_host(
     files = desired_files(lab, host, machine=machine, host_keys=host_keys, user_keys=user_keys)
     for file in (*files, *desired_services(lab, host)):
         place(upper, file)
+    for path in lab.readable:
+        _open_way(upper, Path(path))
     script = folder / "init"
     script.write_text(render_init(lab, host, folder=str(folder), mounts=_other_mounts()))
     unshare = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--propagation", "private", "--fork"]

@@ -36,7 +36,8 @@ IMAGE = "meshcompute-worker:latest"
 BASE_IMAGE = "meshcompute-base:bookworm"  # as scripts/build-image.sh calls it
 CACHE = Path("/var/cache/meshcompute/lab")
 PACKAGE = Path(__file__).parents[1]
-ENGINE_TIMEOUT_SECONDS = 30.0
+STORES_KEPT = 1  # besides the one that is made: going back to it, and forth, should cost nothing
+ENGINE_TIMEOUT_SECONDS = 60.0
 POLL_SECONDS = 0.05
 CGROUP = "/meshcompute-lab-images"
 # Of the engine's folder, only these two are the images'; the rest belongs to containers, networks and builds.
@@ -102,6 +103,7 @@ def open_image_store(archive: Path | None, *, say: Callable[[str], None], cache:
             say(f"the image is ready ({time.monotonic() - started:.0f} s; kept in {folder})")
         lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(lock, fcntl.LOCK_SH)
+        os.utime(lock)
     return folder / "engine", lock
 
 
@@ -216,19 +218,19 @@ def _strip(new: Path) -> None:
 
 
 def _forget_unused(cache: Path) -> None:
-    for folder in cache.iterdir():
-        if not folder.is_dir():
-            continue
-        lock = folder / "lock"
-        if lock.exists():
-            fd = os.open(lock, os.O_RDWR)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # a lab uses it
-                continue
-            finally:
-                os.close(fd)
-        _remove(folder)
+    """Remove stores that no lab uses, but for the newest ones, and what a killed build left."""
+    for left in cache.glob("*.new"):
+        _remove(left)
+    stores = sorted(cache.glob("*/lock"), key=lambda lock: lock.stat().st_mtime)
+    for lock in stores[:-STORES_KEPT]:
+        fd = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(lock.parent)
+        except BlockingIOError:  # a lab uses it
+            pass
+        finally:
+            os.close(fd)
 
 
 def _remove(path: Path) -> None:

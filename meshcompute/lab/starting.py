@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -28,7 +28,16 @@ from meshcompute.lab.errors import LabError, LabMissingError, LabStartError, Lab
 from meshcompute.lab.running import CGROUPS, RunningLab, address_of, sweep_cgroups
 from meshcompute.lab.topology import ACCOUNTS, Account, Lab
 
-__all__ = ["NEEDED", "PACKAGE_OF", "check_machine", "find_accounts", "find_program", "has_engine", "start_lab"]
+__all__ = [
+    "NEEDED",
+    "PACKAGE_OF",
+    "check_machine",
+    "find_accounts",
+    "find_program",
+    "find_readable",
+    "has_engine",
+    "start_lab",
+]
 
 PACKAGE_OF = {  # in Debian
     "debootstrap": "debootstrap",
@@ -69,6 +78,12 @@ def find_accounts() -> tuple[Account, ...]:
     return tuple(Account(name=name, uid=number, gid=number) for name, number in zip(ACCOUNTS, free, strict=False))
 
 
+def find_readable(*more: str | None) -> tuple[str, ...]:
+    """List what the accounts of hosts must be able to reach to run this Python and meshcompute; and more."""
+    paths = [sys.executable, os.path.realpath(sys.executable), sys.base_prefix + "/lib", __file__, *more]
+    return tuple(dict.fromkeys(path for path in paths if path))
+
+
 def has_engine() -> bool:
     """Tell whether this machine has a Docker engine that hosts could start for themselves."""
     return find_program("dockerd") is not None
@@ -102,7 +117,11 @@ def check_machine(lab: Lab) -> None:
 
 
 def start_lab(
-    lab: Lab, *, say: Callable[[str], None] = lambda _line: None, dies_with_us: bool = False
+    lab: Lab,
+    *,
+    say: Callable[[str], None] = lambda _line: None,
+    dies_with_us: bool = False,
+    locks: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a lab and wait until its hosts answer.
 
@@ -114,6 +133,8 @@ def start_lab(
         Called with each line of progress.
     dies_with_us
         Whether the lab ends when this thread does; otherwise it stays.
+    locks
+        File descriptors that the lab keeps open as long as it is up.
 
     Returns
     -------
@@ -155,7 +176,7 @@ def start_lab(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
-        pass_fds=(listener.fileno(), writer),
+        pass_fds=(listener.fileno(), writer, *locks),
         start_new_session=True,  # a Ctrl-C in the terminal is for us; we end the lab in order
         cwd="/",
         env=environment,

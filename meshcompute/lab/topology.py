@@ -13,6 +13,7 @@ from typing import Any, Self
 __all__ = [
     "ACCOUNTS",
     "CONTROL_NETWORK",
+    "SYSTEM_PATH",
     "Account",
     "Host",
     "Lab",
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 CONTROL_NETWORK = IPv4Network("10.8.0.0/24")  # the reference's control plane
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ACCOUNTS = ("mesh", "guest")  # the first one is the user; the second one is somebody else
 
 
@@ -85,6 +87,9 @@ class Lab:
         Folder of the machine that the client's host shares, so that what it writes there stays.
     path
         Search path of programs at every host.
+    readable
+        Files and folders of the machine that the accounts of hosts can reach, whatever their parents forbid: the
+        Python that runs us, if it lies in root's home. The machine's own permissions stay as they are.
     accounts
         The accounts of every host; the client's root logs in at sites as the first one.
     delay_seconds
@@ -104,8 +109,9 @@ class Lab:
     name: str
     hosts: tuple[Host, ...] = field(default_factory=default_hosts)
     shared: str | None = None
-    path: str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    path: str = SYSTEM_PATH
     accounts: tuple[Account, ...]
+    readable: tuple[str, ...] = ()
     delay_seconds: float = 0.0
     rate_bits_per_second: float | None = None
     loss: float = 0.0
@@ -138,4 +144,5 @@ class Lab:
         """Read what :meth:`to_json` rendered."""
         hosts = tuple(Host(**{**host, "address": IPv4Address(host["address"])}) for host in plain["hosts"])
         accounts = tuple(Account(**account) for account in plain["accounts"])
-        return cls(**{**plain, "hosts": hosts, "accounts": accounts})
+        readable = tuple(plain["readable"])
+        return cls(**{**plain, "hosts": hosts, "accounts": accounts, "readable": readable})

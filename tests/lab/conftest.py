@@ -20,7 +20,7 @@ import pytest
 
 from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.running import RunningLab
-from meshcompute.lab.starting import NEEDED, PACKAGE_OF, find_accounts, has_engine, start_lab
+from meshcompute.lab.starting import NEEDED, PACKAGE_OF, find_accounts, find_readable, has_engine, start_lab
 from meshcompute.lab.starting import find_program as find
 from meshcompute.lab.topology import Lab
 
@@ -51,7 +51,8 @@ def start(can_have_lab: None) -> Iterator[Callable[..., RunningLab]]:
 
         def start(**options: Any) -> RunningLab:
             name = f"test-{os.getpid()}-{time.monotonic_ns()}"
-            guardian = start_lab(Lab(**{"name": name, "path": PATH, "accounts": find_accounts(), **options}))
+            usual = {"path": PATH, "accounts": find_accounts(), "readable": find_readable()}
+            guardian = start_lab(Lab(**{**usual, "name": name, **options}))
             running = RunningLab(options.get("name", name))
 
             def stop() -> None:

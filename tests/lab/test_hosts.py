@@ -66,6 +66,14 @@ def test_accounts_are_the_hosts_and_not_the_machine_s(lab: RunningLab) -> None:
     assert not {entry.pw_name for entry in pwd.getpwall()} & set(accounts)
 
 
+def test_accounts_of_hosts_can_run_this_python_wherever_it_lies(lab: RunningLab) -> None:
+    mode = Path("/root").stat().st_mode
+    script = "import sys, meshcompute; print(sys.version)"
+    assert lab.run("client", sys.executable, "-c", script, user="mesh").stdout == sys.version + "\n"
+    assert lab.run("client", "ssh", "ecmwf", sys.executable, "-c", f"'{script}'").stdout == sys.version + "\n"
+    assert Path("/root").stat().st_mode == mode
+
+
 def test_a_host_sees_its_own_processes_and_devices_only(lab: RunningLab) -> None:
     assert lab.run("ecmwf", "cat", "/proc/1/comm").stdout == "tini\n"
     seen = set(lab.run("ecmwf", "sh", "-c", "cat /proc/[0-9]*/comm").stdout.split())
