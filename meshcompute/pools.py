@@ -185,6 +185,8 @@ def pin_of_annotations(annotations: Mapping[str, Any] | None) -> Pin | None:
     pin = value if isinstance(value, Pin) else None
     if pin is None and isinstance(value, Mapping):  # the plain form that travels to the scheduler
         name = value.get("name")
+        if name and not value.get("pinned"):
+            return None  # the planner's own choice
         pin = Pin((name,)) if name else UNPINNED
     if pin is None:
         if not pools:

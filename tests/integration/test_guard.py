@@ -118,6 +118,13 @@ def cluster_of(folder: Path, workers: dict[str, tuple[str, int]], **settings: st
     assert "Traceback" not in log, log[-6000:]
 
 
+@pytest.fixture(autouse=True)
+def _plain_client(monkeypatch):
+    """These tests write what the planner would write: a client that was hooked by other tests must not plan again."""
+    plain = getattr(Client._graph_to_futures, "__wrapped__", Client._graph_to_futures)
+    monkeypatch.setattr(Client, "_graph_to_futures", plain)
+
+
 @pytest.fixture(scope="module")
 def two_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     """Pools of different size: a has 2 workers with 2 threads each, b 2 workers with one."""

@@ -321,7 +321,7 @@ def test_one_replica_is_enough(sites: Any) -> None:
 
 def test_a_cluster_without_pools_says_how_to_start_workers(sites: Any) -> None:
     with (
-        LocalCluster(n_workers=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster),
         pytest.raises(PoolsMissingError, match="--resources"),
     ):

@@ -334,7 +334,7 @@ def test_task_stream_and_performance_report_show_the_transfers(sites: Any, tmp_p
 
 def test_a_cluster_without_pools_is_refused_and_stays_usable() -> None:
     with (
-        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0") as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
         with pytest.raises(PoolsMissingError, match="pool-"), measure_traffic(client):
@@ -346,7 +346,7 @@ def test_a_cluster_without_pools_is_refused_and_stays_usable() -> None:
 def test_workers_in_the_process_of_the_client_are_counted_and_left_as_they_were() -> None:
     with (
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=False, dashboard_address=None, resources={"pool-a": 1}
+            n_workers=2, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0", resources={"pool-a": 1}
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):

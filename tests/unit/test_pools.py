@@ -75,6 +75,12 @@ def test_resources_without_a_pool_are_no_pin() -> None:
     assert split_resources({"GPU": 1, "pool-b": 0, "pool-a": 1}) == (("a", "b"), {"GPU": 1})
 
 
+def test_what_the_planner_chose_is_no_pin() -> None:
+    assert pin_of_annotations({"pool": {"name": "a", "pinned": True}}) == Pin(("a",))
+    assert pin_of_annotations({"pool": {"name": "a", "pinned": False}, "resources": {"pool-a": 0}}) is None
+    assert pin_of_annotations({"pool": {"name": None}}) == UNPINNED
+
+
 def test_a_pin_is_the_same_after_pickling() -> None:
     pin = Pin(("a", "b"), (("GPU", 1),))
     assert pickle.loads(pickle.dumps(pin)) == pin
