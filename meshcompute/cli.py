@@ -12,7 +12,9 @@ from pathlib import Path
 import click
 
 import meshcompute
+from meshcompute import clustercli
 from meshcompute.errors import MeshError
+from meshcompute.lab.cli import lab
 
 __all__ = ["main", "mesh"]
 
@@ -67,6 +69,11 @@ def demo(*, reference: bool, scale: float, output: Path, workers: int, keep: boo
         click.echo("interrupted; everything that was started has been ended", err=True)
         sys.exit(INTERRUPTED)
     sys.exit(0 if is_right else 1)
+
+
+mesh.add_command(lab)
+for command in clustercli.COMMANDS:
+    mesh.add_command(command)
 
 
 def main() -> None:

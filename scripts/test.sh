@@ -14,6 +14,11 @@ stock=$top/.venv-stock
 
 # 1. Programs that do not come from a Python package.
 declare -A package_of=([dot]=graphviz [unshare]=util-linux [setpriv]=util-linux [mount]=mount)
+if [ "$(id -u)" = 0 ]; then # networks, containers and sites need root; without it those tests are skipped by name
+    package_of+=([wg]=wireguard-tools [wireguard-go]=wireguard-go [ip]=iproute2 [nft]=nftables [ping]=iputils-ping
+        [ssh]=openssh-client [sshd]=openssh-server [dockerd]=docker.io [debootstrap]=debootstrap [tini]=tini)
+    PATH=$PATH:/usr/sbin:/sbin
+fi
 missing=()
 for program in "${!package_of[@]}"; do
     command -v "$program" >/dev/null || missing+=("${package_of[$program]}")
