@@ -26,15 +26,44 @@ from meshcompute.lab.files import (
 )
 from meshcompute.lab.topology import Host, Lab
 
-__all__ = ["RunningHost", "make_keys", "place", "set_addresses", "start_host", "wait_until_ready"]
+__all__ = [
+    "RunningHost",
+    "make_keys",
+    "place",
+    "set_addresses",
+    "start_host",
+    "wait_until_ready",
+]
 
 READY_TIMEOUT_SECONDS = 30.0
 POLL_SECONDS = 0.01
 ANSWER_TIMEOUT_SECONDS = 2.0
 LOG_CHARACTERS = 2000
 NOT_A_FILE_SYSTEM = frozenset(
-    {"autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs"}
-    | {"fusectl", "hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "ramfs", "rpc_pipefs", "securityfs", "squashfs"}
+    {
+        "autofs",
+        "binfmt_misc",
+        "bpf",
+        "cgroup",
+        "cgroup2",
+        "configfs",
+        "debugfs",
+        "devpts",
+        "devtmpfs",
+        "efivarfs",
+    }
+    | {
+        "fusectl",
+        "hugetlbfs",
+        "mqueue",
+        "nsfs",
+        "proc",
+        "pstore",
+        "ramfs",
+        "rpc_pipefs",
+        "securityfs",
+        "squashfs",
+    }
     | {"sysfs", "tmpfs", "tracefs"}
 )
 HIDDEN = ("/proc", "/sys", "/dev", "/run", "/data", "/mnt", "/var/lib/docker")
@@ -71,7 +100,18 @@ def make_keys(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[str, str]
     """
     running = [
         subprocess.Popen(
-            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"meshcompute lab {name}", "-f", str(folder / name)],
+            [
+                "ssh-keygen",
+                "-q",
+                "-t",
+                "ed25519",
+                "-N",
+                "",
+                "-C",
+                f"meshcompute lab {name}",
+                "-f",
+                str(folder / name),
+            ],
             stdin=subprocess.DEVNULL,
         )
         for name in names
@@ -166,7 +206,17 @@ def start_host(
         _open_way(upper, Path(path))
     script = folder / "init"
     script.write_text(render_init(lab, host, folder=str(folder), mounts=_other_mounts()))
-    unshare = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--propagation", "private", "--fork"]
+    unshare = [
+        "unshare",
+        "--mount",
+        "--net",
+        "--pid",
+        "--uts",
+        "--ipc",
+        "--propagation",
+        "private",
+        "--fork",
+    ]
     environment = {"PATH": lab.path, "LANG": "C.UTF-8", "HOME": "/root"}
     with (folder / "init.log").open("w") as log:
         process = subprocess.Popen(
@@ -180,7 +230,11 @@ def start_host(
     assert process.stdin is not None
     assert process.stdout is not None
     if process.stdout.readline() != "created\n":
-        raise LabStartError(f"host {host.name}", "could not make its namespaces", _text(folder / "init.log"))
+        raise LabStartError(
+            f"host {host.name}",
+            "could not make its namespaces",
+            _text(folder / "init.log"),
+        )
     # unshare itself is in the host's network namespace, too.
     moved = subprocess.run(
         ["ip", "link", "set", device, "netns", str(process.pid), "name", UPLINK],

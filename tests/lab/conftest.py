@@ -20,12 +20,23 @@ import pytest
 
 from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.running import RunningLab
-from meshcompute.lab.starting import NEEDED, PACKAGE_OF, find_accounts, find_readable, has_engine, start_lab
+from meshcompute.lab.starting import (
+    NEEDED,
+    PACKAGE_OF,
+    find_accounts,
+    find_readable,
+    has_engine,
+    start_lab,
+)
 from meshcompute.lab.starting import find_program as find
 from meshcompute.lab.topology import Lab
 
 PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-COMMAND = (sys.executable, "-c", "from meshcompute.lab.cli import lab; lab(prog_name='meshcompute lab')")
+COMMAND = (
+    sys.executable,
+    "-c",
+    "from meshcompute.lab.cli import lab; lab(prog_name='meshcompute lab')",
+)
 GONE_WITHIN_SECONDS = 15.0
 
 
@@ -51,7 +62,11 @@ def start(can_have_lab: None) -> Iterator[Callable[..., RunningLab]]:
 
         def start(**options: Any) -> RunningLab:
             name = f"test-{os.getpid()}-{time.monotonic_ns()}"
-            usual = {"path": PATH, "accounts": find_accounts(), "readable": find_readable()}
+            usual = {
+                "path": PATH,
+                "accounts": find_accounts(),
+                "readable": find_readable(),
+            }
             guardian = start_lab(Lab(**{**usual, "name": name, **options}))
             running = RunningLab(options.get("name", name))
 
@@ -86,7 +101,13 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run ``meshcompute lab`` with arguments, as a user would."""
 
     def command(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
 
     return command
 

@@ -6,6 +6,7 @@ Does not cover the WAN between them, nor their end.
 from __future__ import annotations
 
 import pwd
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,7 +30,11 @@ def test_the_client_reaches_every_site_by_ssh_without_a_question(
 
 
 def test_sites_do_not_let_each_other_in(lab: RunningLab) -> None:
-    options = ("-oBatchMode=yes", "-oStrictHostKeyChecking=no", "-oUserKnownHostsFile=/dev/null")
+    options = (
+        "-oBatchMode=yes",
+        "-oStrictHostKeyChecking=no",
+        "-oUserKnownHostsFile=/dev/null",
+    )
     done = lab.run("ecmwf", "ssh", *options, "10.8.0.2", check=False)
     assert done.returncode == 255
     assert "Permission denied" in done.stderr
@@ -37,13 +42,22 @@ def test_sites_do_not_let_each_other_in(lab: RunningLab) -> None:
 
 def test_a_site_s_data_is_seen_by_this_site_only(lab: RunningLab) -> None:
     lab.run("ecmwf", "sh", "-c", "echo forecast > /data/ecmwf/field")
-    assert lab.run("ecmwf", "find", "/data").stdout.split() == ["/data", "/data/ecmwf", "/data/ecmwf/field"]
-    assert lab.run("eumetsat", "find", "/data").stdout.split() == ["/data", "/data/eumetsat"]
+    assert lab.run("ecmwf", "find", "/data").stdout.split() == [
+        "/data",
+        "/data/ecmwf",
+        "/data/ecmwf/field",
+    ]
+    assert lab.run("eumetsat", "find", "/data").stdout.split() == [
+        "/data",
+        "/data/eumetsat",
+    ]
     assert lab.run("client", "find", "/data").stdout.split() == ["/data"]
     assert not Path("/data/ecmwf").exists()
 
 
-def test_what_a_host_writes_reaches_neither_the_machine_nor_other_hosts(lab: RunningLab) -> None:
+def test_what_a_host_writes_reaches_neither_the_machine_nor_other_hosts(
+    lab: RunningLab,
+) -> None:
     for folder in ("/etc", "/usr/local", "/root", "/run", "/tmp", "/dev/shm"):
         file = f"{folder}/written-by-a-lab-host"
         lab.run("ecmwf", "touch", file)
@@ -66,7 +80,9 @@ def test_accounts_are_the_hosts_and_not_the_machine_s(lab: RunningLab) -> None:
     assert not {entry.pw_name for entry in pwd.getpwall()} & set(accounts)
 
 
-def test_accounts_of_hosts_can_run_this_python_wherever_it_lies(lab: RunningLab) -> None:
+def test_accounts_of_hosts_can_run_this_python_wherever_it_lies(
+    lab: RunningLab,
+) -> None:
     mode = Path("/root").stat().st_mode
     script = "import sys, meshcompute; print(sys.version)"
     assert lab.run("client", sys.executable, "-c", script, user="mesh").stdout == sys.version + "\n"
@@ -99,15 +115,47 @@ def test_a_command_keeps_its_folder_where_the_host_has_it(
 def test_a_command_ends_with_the_process_that_started_it(lab: RunningLab) -> None:
     script = "import sys; from meshcompute.lab.running import *; RunningLab(sys.argv[1]).run('ecmwf', 'sleep', '321')"
     starter = subprocess.Popen([sys.executable, "-c", script, lab.name])
-    lab.run("ecmwf", "sh", "-c", "until grep -qx sleep /proc/[0-9]*/comm; do :; done", timeout=20)
+    lab.run(
+        "ecmwf",
+        "sh",
+        "-c",
+        "until grep -qx sleep /proc/[0-9]*/comm; do :; done",
+        timeout=20,
+    )
     starter.kill()
     starter.wait()
-    lab.run("ecmwf", "sh", "-c", "while grep -qsx sleep /proc/[0-9]*/comm; do :; done", timeout=20)
+    lab.run(
+        "ecmwf",
+        "sh",
+        "-c",
+        "while grep -qsx sleep /proc/[0-9]*/comm; do :; done",
+        timeout=20,
+    )
 
 
 def test_an_unknown_host_is_named_with_those_that_exist(lab: RunningLab) -> None:
     with pytest.raises(LabError, match=r"no host 'ecwmf'\. Its hosts: .*ecmwf"):
         lab.run("ecwmf", "true")
+
+
+def test_a_port_of_a_host_can_be_opened_from_the_machine(lab: RunningLab) -> None:
+    from meshcompute.lab.forwarding import listen, render_forwarder
+
+    serve = "import socket\nwith socket.create_server(('127.0.0.1', 8787)) as s:\n print('ready', flush=True)\n"
+    serve += " c, _ = s.accept(); c.sendall(c.recv(99).upper()); c.close()"
+    server = lab.popen("client", sys.executable, "-c", serve, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    assert server.stdout.readline() == "ready\n"
+    with listen(0) as listener:
+        command = render_forwarder(listener, lab.status().pids["client"], "127.0.0.1:8787")
+        forwarder = subprocess.Popen(command, pass_fds=[listener.fileno()])
+        with socket.create_connection(listener.getsockname(), timeout=20) as connection:
+            connection.sendall(b"hello")
+            assert connection.recv(99) == b"HELLO"
+            assert connection.recv(99) == b""
+    forwarder.kill()
+    forwarder.wait()
+    server.communicate(timeout=20)
 
 
 def test_each_host_has_an_engine_of_its_own(can_have_engine: None, start: Callable[..., RunningLab]) -> None:
