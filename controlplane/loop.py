@@ -376,6 +376,9 @@ class Loop:
                 seen.memory = replace(seen.memory, deadline_by_unit=deadlines)
             case StopUnit():
                 await self._runtime.stop(step.name, STOP_GRACE_SECONDS)
+                # An end that was wanted is no failure: the next start of this name need not wait.
+                others = {key: start for key, start in seen.memory.starts_by_unit.items() if key != step.name}
+                seen.memory = replace(seen.memory, starts_by_unit=others)
             case DetachUnit():
                 await self._plane.detach(step.cluster_id, step.address)
                 links = {name: link for name, link in seen.memory.link_by_unit.items() if name != step.name}

@@ -203,7 +203,7 @@ def plan_cluster(
     steps: list[Step] = []
     if _needs_gateway(desired, observed.gateway, memory):
         steps.append(EnsureGateway(config=desired.gateway))
-    elif desired.deadline - memory.gateway_deadline > RENEW_SLACK_SECONDS:
+    elif _differ(desired.deadline, memory.gateway_deadline):
         steps.append(RenewGateway(cluster_id=cluster_id, deadline=desired.deadline))
     if observed.units is None:
         return tuple(steps)  # nobody knows what runs: starting or stopping anything would be a guess
@@ -213,7 +213,7 @@ def plan_cluster(
         for name, state in sorted(observed.units.items())
         if name in wanted
         and state.state != "exited"
-        and desired.deadline - memory.deadline_by_unit.get(name, 0.0) > RENEW_SLACK_SECONDS
+        and _differ(desired.deadline, memory.deadline_by_unit.get(name, 0.0))
     ]
     outdated = [
         name
@@ -254,6 +254,11 @@ def _removal(cluster_id: str, observed: Observed, memory: Memory) -> tuple[Step,
     if not steps and observed.units is not None:
         steps.append(Forget(cluster_id=cluster_id))
     return tuple(steps)
+
+
+def _differ(deadline: float, other: float) -> bool:
+    """Whether one is later: also an earlier one must be handed on, when a shorter lease is asked for."""
+    return abs(deadline - other) > RENEW_SLACK_SECONDS
 
 
 def _without_deadline(config: GatewayConfig) -> GatewayConfig:

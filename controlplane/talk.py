@@ -21,6 +21,7 @@ __all__ = ["NoAnswerError", "Pong", "UnixConnection", "ping", "splice"]
 
 TIMEOUT_SECONDS = 5.0
 CHUNK_NBYTES = 1 << 16
+LINGER_SECONDS = 10.0  # of silence after our own end; longer than the daemon waits for the machine before it answers
 
 
 class NoAnswerError(SiteError):
@@ -125,7 +126,8 @@ def splice(path: str, source: int = 0, sink: int = 1) -> None:
     path
         The daemon's socket.
     source
-        What comes in here goes to the daemon; its end is passed on.
+        What comes in here goes to the daemon. Its end is not passed on: the daemon would take it for a client that is
+        gone, and give no answer. The rest of an answer is waited for, but not for long.
     sink
         What the daemon says goes here.
 
@@ -139,8 +141,11 @@ def splice(path: str, source: int = 0, sink: int = 1) -> None:
         selector.register(peer, selectors.EVENT_READ)
         with contextlib.suppress(PermissionError):  # a file is always ready, and epoll does not take it
             selector.register(source, selectors.EVENT_READ)
+        linger_seconds: float | None = None
         while True:
-            ready = {key.fileobj for key, _events in selector.select()}
+            ready = {key.fileobj for key, _events in selector.select(linger_seconds)}
+            if not ready:
+                return
             if peer in ready:
                 chunk = _received(peer)
                 if not chunk or not _write_all(sink, chunk):
@@ -154,8 +159,7 @@ def splice(path: str, source: int = 0, sink: int = 1) -> None:
                         return
                 else:
                     selector.unregister(source)
-                    with contextlib.suppress(OSError):
-                        peer.shutdown(socket.SHUT_WR)
+                    linger_seconds = LINGER_SECONDS
 
 
 def _received(peer: socket.socket) -> bytes:

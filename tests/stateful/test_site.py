@@ -1,7 +1,7 @@
 """A site against everything that clients, time, crashes and the engine can do to it, in any order.
 
-Covers leases, epochs, reconcile, the store and adoption together: the shipped Site, Loop, Store and LoopbackPlane, with a
-clock that is moved by hand and the runtime in memory. After every step the loop does what is due, and then what is
+Covers leases, epochs, reconcile, the store and adoption together: the shipped Site, Loop, Store and LoopbackPlane, with
+a clock that is moved by hand and the runtime in memory. After every step the loop does what is due, and then what is
 there must be what a simple model says.
 """
 
@@ -33,7 +33,8 @@ class SiteMachine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="site-machine-"))
+        in_memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # every record is forced to its disk
+        self.folder = Path(tempfile.mkdtemp(prefix="site-machine-", dir=in_memory))
         self.clock = FakeClock()
         self.runtime = FakeRuntime(self.clock.monotonic)
         self.plane = LoopbackPlane(clock=self.clock)
@@ -211,6 +212,14 @@ class SiteMachine(RuleBasedStateMachine):
         assert set(self.site.cluster_ids()) == set(self.alive)
 
     @invariant()
+    def what_runs_has_the_deadline_of_its_lease(self):
+        for cluster_id, cluster in self.alive.items():
+            assert abs(self.plane._gateways[cluster_id].ends_at - cluster["deadline"]) < 0.6
+        for name, found in self.runtime.specs.items():
+            if not self.runtime.is_down and name not in self.runtime.exited and found.cluster_id in self.alive:
+                assert abs(self.runtime.deadlines[name] - self.alive[found.cluster_id]["deadline"]) < 0.6
+
+    @invariant()
     def gateways_are_those_of_living_clusters(self):
         gateways = set(self.do(self.plane.observe()))
         assert gateways == set(self.alive)
@@ -235,4 +244,4 @@ async def _no_wait(cluster_id, timeout_seconds):
 
 
 TestSite = SiteMachine.TestCase
-TestSite.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+TestSite.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)

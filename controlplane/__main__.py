@@ -1,0 +1,5 @@
+"""``python -m controlplane`` is ``meshcompute-site``."""
+
+from controlplane.cli import main
+
+main()
