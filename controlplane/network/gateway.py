@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Address
 
 from controlplane.clock import Clock, SystemClock
-from controlplane.errors import ApplyError
+from controlplane.errors import ApplyError, InvalidSpecError
 from controlplane.network.base import WorkerLink
 from controlplane.network.interfaces import Backend, InterfaceMaker, Place, PortTakenError, check_port, namespace_of
 from controlplane.network.keepers import KeeperClient, KeeperGoneError, find_keepers, start_keeper
@@ -101,6 +101,8 @@ class NamespacePlane:
                     async with KeeperClient(self._instance, cluster_id) as keeper:
                         states[cluster_id] = await self._observe(gateway, keeper)
                     self._watch(gateway)
+                except KeeperGoneError:
+                    continue
                 except ApplyError as exc:
                     if cluster_id in find_keepers(self._instance):  # or it has ended meanwhile
                         logger.warning("a gateway cannot be read now cluster=%s reason=%s", cluster_id, exc)
@@ -116,11 +118,19 @@ class NamespacePlane:
         ------
         PortTakenError
             Its UDP port belongs to somebody else.
+        InvalidSpecError
+            The cluster has a gateway here, with another prefix or number of the site.
         ApplyError
             Something else failed; what was done stays, and the next call goes on from there.
         """
         gateway = self._remember(config.cluster_id)
         async with gateway.lock:
+            old = gateway.config
+            if old is not None and (old.prefix, old.site, old.node) != (config.prefix, config.site, config.node):
+                raise InvalidSpecError(
+                    f"Cluster {config.cluster_id} has {old.address} here and cannot become {config.address}: "
+                    "delete it first, or give the new one an id of its own."
+                )
             state = await self._ensure(gateway, config)
             self._watch(gateway)
             return state
@@ -332,6 +342,8 @@ class NamespacePlane:
                         logger.warning("wireguard-go was killed interface=%s", name)
                         await self._mend_once(gateway)
             if gateway.config is None or self._clock.monotonic() >= gateway.ends_at:
+                if self._gateways.get(gateway.cluster_id) is gateway and not gateway.lock.locked():
+                    del self._gateways[gateway.cluster_id]  # with the key
                 return
             logger.warning("the gateway's process was killed cluster=%s", gateway.cluster_id)
             await self._mend_once(gateway)

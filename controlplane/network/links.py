@@ -28,6 +28,10 @@ __all__ = ["LinkError", "LinkState", "Links", "open_links"]
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 IFA_F_NODAD = 0x02  # linux/if_addr.h: usable at once; nobody else can have an address of ours
+_HINTS = {
+    errno.EPERM: " The daemon needs CAP_NET_ADMIN and CAP_SYS_ADMIN.",
+    errno.EACCES: " IPv6 is switched off there: set the sysctl net.ipv6.conf.all.disable_ipv6=0 (docker run --sysctl).",
+}
 RTN_UNICAST = 1  # linux/rtnetlink.h
 RTN_UNREACHABLE = 7
 LOOPBACK_INDEX = 1
@@ -51,7 +55,7 @@ class LinkError(ApplyError):
         self.code = code
 
     def __str__(self) -> str:
-        hint = " The daemon needs CAP_NET_ADMIN and CAP_SYS_ADMIN." if self.code == errno.EPERM else ""
+        hint = _HINTS.get(self.code, "")
         return f"{self.action} failed: {os.strerror(self.code)}.{hint}"
 
 

@@ -51,7 +51,7 @@ async def resolve(endpoint: str) -> str:
     host, _colon, port = endpoint.rpartition(":")
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:  # the latter for names that cannot be names
         raise ApplyError(
             f"The name in a peer's endpoint {endpoint!r} is not known here ({exc}). Write an address instead."
         ) from exc

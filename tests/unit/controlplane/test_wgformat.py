@@ -1,10 +1,12 @@
 """What wg reads and writes: golden texts of a real wg (1.0.20210914), and secrets that do not show."""
 
+import asyncio
 import pickle
 from ipaddress import IPv6Address, IPv6Network
 
 import pytest
 
+from controlplane.errors import ApplyError
 from controlplane.network.peers import AddPeer, RemovePeer, SetAllowed, SetEndpoint, SetKeepalive
 from controlplane.network.topology import PeerConfig, network_of
 from controlplane.network.wgformat import (
@@ -15,6 +17,7 @@ from controlplane.network.wgformat import (
     render_steps,
     worker_keys,
 )
+from controlplane.network.wireguard import resolve
 
 PREFIX = IPv6Network("fda5:c0ff:eeee::/48")
 PRIVATE, OWN, CALLED, CALLER, WORKER = (letter * 43 + "=" for letter in "PABCD")
@@ -102,3 +105,20 @@ def test_a_step_is_written_as_arguments_of_wg_set(step, arguments):
 def test_steps_are_written_in_their_order():
     assert render_steps([AddPeer(peer=peer()), RemovePeer(peer=peer())])[-3:] == ["peer", CALLED, "remove"]
     assert render_steps([]) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [
+        ("192.0.2.1:51820", "192.0.2.1:51820"),
+        ("[2001:db8::1]:51820", "[2001:db8::1]:51820"),
+        ("localhost:1", "127.0.0.1:1"),
+    ],
+)
+def test_an_endpoint_becomes_a_number(written, number):
+    assert asyncio.run(resolve(written)) == number
+
+
+def test_an_endpoint_that_is_not_known_is_named():
+    with pytest.raises(ApplyError, match=r"The name in a peer's endpoint 'a\.\.b:1' is not known here"):
+        asyncio.run(resolve("a..b:1"))
