@@ -32,6 +32,7 @@ import meshcompute
 from meshcompute import sampledata
 from meshcompute.embedded import POOL_PREFIX, EmbeddedMesh
 from meshcompute.errors import MeshError
+from meshcompute.scratch import ScratchFolder
 from meshcompute.shipping import by_value
 from meshcompute.showcases import Ensemble, Scenarios, Showcase
 
@@ -121,8 +122,8 @@ class Demo:
                 yield sites
             return
         self.say(f"starting a scheduler and {self.workers_per_site} workers at each of {' and '.join(SITES)}")
-        with tempfile.TemporaryDirectory(prefix="meshcompute-data-") as private:
-            stores = {site: Path(private) / site for site in SITES}
+        with ScratchFolder("meshcompute-data-") as private:
+            stores = {site: private.path / site for site in SITES}
             for store in stores.values():
                 store.mkdir()
             mesh = EmbeddedMesh(

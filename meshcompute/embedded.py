@@ -20,10 +20,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +32,7 @@ from typing import Self
 from distributed import Client
 
 from meshcompute.errors import MeshError
+from meshcompute.scratch import ScratchFolder
 
 __all__ = ["EmbeddedMesh", "MeshStartError"]
 
@@ -135,7 +134,7 @@ class EmbeddedMesh:
         self.dashboard = dashboard
         self.start_timeout_seconds = start_timeout_seconds
         self._progress = progress or (lambda _line: None)
-        self._root: Path | None = None
+        self._scratch: ScratchFolder | None = None
         self._scheduler_address: str | None = None
         self._namespace: Sequence[str] | None = None
         self._dies_with_parent = False
@@ -148,9 +147,9 @@ class EmbeddedMesh:
     @property
     def root(self) -> Path:
         """Folder of this mesh: ``data`` (what sites see), ``logs``, ``scratch``; it exists while the mesh does."""
-        if self._root is None:
+        if self._scratch is None:
             raise MeshError("The embedded mesh is not running: use it in a with block, or call start() first.")
-        return self._root
+        return self._scratch.path
 
     @property
     def scheduler_address(self) -> str:
@@ -220,10 +219,10 @@ class EmbeddedMesh:
             if not store.is_dir():
                 raise FileNotFoundError(f"The folder of site {name!r} does not exist: {store}")
         deadline = time.monotonic() + self.start_timeout_seconds
-        self._root = Path(tempfile.mkdtemp(prefix="meshcompute-"))
+        self._scratch = ScratchFolder("meshcompute-mesh-")
         try:
             for folder in ("logs", "scratch", *(f"data/{name}" for name in self.sites)):
-                (self._root / folder).mkdir(parents=True)
+                (self.root / folder).mkdir(parents=True)
             self._find_out_what_the_machine_allows()
             self._start_scheduler()
             for name in self.sites:
@@ -309,9 +308,9 @@ class EmbeddedMesh:
         if self._starter is not None:
             self._starter.shutdown()
             self._starter = None
-        if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)  # a killed worker's scratch folder is nobody's loss
-        self._root = self._scheduler_address = None
+        if self._scratch is not None:
+            self._scratch.remove()
+        self._scratch = self._scheduler_address = None
 
     def __enter__(self) -> Self:
         return self.start()
