@@ -44,7 +44,10 @@ done
 context=$(mktemp -d)
 engine=''
 end() {
-    [ -z "$engine" ] || { kill "$engine" && wait "$engine"; } 2>/dev/null || true
+    if [ -n "$engine" ]; then
+        { kill -KILL "$engine" && wait "$engine"; } 2>/dev/null || true # with it ends its whole namespace
+        find /sys/fs/cgroup -depth -type d -path "*/meshcompute-build-$$*" -exec rmdir {} + 2>/dev/null || true
+    fi
     rm -rf --one-file-system "$context"
 }
 trap end EXIT
@@ -57,11 +60,12 @@ if [ "$own_engine" = 1 ]; then
     [ "$(id -u)" = 0 ] || die "--own-engine needs root."
     command -v dockerd >/dev/null || die "dockerd is missing: apt-get install docker.io"
     export DOCKER_HOST=unix://$context/docker.sock
-    # In namespaces of its own, so that all of it, and nothing else, ends with this script.
-    setpriv --pdeathsig KILL unshare --mount --net --pid --uts --ipc --fork --kill-child --mount-proc sh -ec '
+    # In namespaces of its own, so that all of it, and nothing else, ends with this script. Its network is this one, to fetch images.
+    setpriv --pdeathsig KILL unshare --mount --pid --uts --ipc --fork --kill-child --mount-proc sh -ec '
         mount -t tmpfs tmpfs /run
         exec dockerd --host "$1" --data-root "$2/engine" --exec-root "$2/exec" --pidfile "$2/pid" \
-            --bridge=none --iptables=false --ip6tables=false' sh "$DOCKER_HOST" "$context" >"$context/engine.log" 2>&1 &
+            --cgroup-parent="$3" --bridge=none --iptables=false --ip6tables=false' \
+        sh "$DOCKER_HOST" "$context" "/meshcompute-build-$$" >"$context/engine.log" 2>&1 &
     engine=$!
     for _ in $(seq 300); do
         "$docker" version >/dev/null 2>&1 && break

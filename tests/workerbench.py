@@ -337,7 +337,7 @@ def client_of(base_url: str) -> Iterator[DockerClient]:
 @contextlib.contextmanager
 def _engine(folder: Path, archive: Path) -> Iterator[int]:
     """Start an engine that has an image, in namespaces of its own; gives the process with which all of it ends."""
-    store, lock = open_image_store(archive, say=print)
+    store, lock = open_image_store(archive, say=print, cache=archive.with_suffix(".store"))
     group = f"/meshcompute-bench-{os.getpid()}"
     (folder / "data").mkdir()
     script = "\n".join(

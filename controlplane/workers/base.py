@@ -35,7 +35,7 @@ __all__ = [
     "WorkerState",
 ]
 
-_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")  # what Docker, file systems and Dask all take
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{1,62}")  # what Docker, file systems and Dask all take
 
 
 class UnitStartError(ApplyError):
@@ -118,7 +118,7 @@ class WorkerSpec:
         for name in (self.name, *self.process_names):
             if not _NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} is no name for a worker: use letters, digits, '-', '_' and '.', at most 63."
+                    f"{name!r} is no name for a worker: use letters, digits, '-', '_' and '.', 2 to 63 of them."
                 )
         if not self.process_names or len(set(self.process_names)) != len(self.process_names):
             raise ValueError(f"Unit {self.name} needs processes with different names, and got {self.process_names}.")

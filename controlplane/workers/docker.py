@@ -59,6 +59,7 @@ SCRATCH = "/scratch"
 GRACE_SECONDS = 5.0  # at the end of a lease; stop() says its own
 TMP_BYTES = 64 << 20
 KEEPER_BYTES = 64 << 20  # the keeper and docker-init, and the kernel's own memory for them
+CPU_PERIOD_MICROSECONDS = 100_000  # the kernel's own default
 PROCESSES_PER_WORKER = 256  # threads count, too: Dask's own, those of NumPy's libraries, and what tasks start
 ENGINE_TIMEOUT_SECONDS = 30.0
 RELAY_TIMEOUT_SECONDS = 5.0
@@ -114,7 +115,9 @@ def container_options(
         "sysctls": {"net.ipv6.conf.all.disable_ipv6": "0", "net.ipv6.conf.default.disable_ipv6": "0"},
         "mem_limit": memory,
         "memswap_limit": memory,
-        "nano_cpus": spec.threads_per_process * number * 1_000_000_000,
+        # Not as nano_cpus: the engine refuses more of those than the host has, though a limit above that does no harm.
+        "cpu_period": CPU_PERIOD_MICROSECONDS,
+        "cpu_quota": CPU_PERIOD_MICROSECONDS * spec.threads_per_process * number,
         "pids_limit": PROCESSES_PER_WORKER * number,
         "tmpfs": {SCRATCH: f"size={spill},{owned}", "/tmp": f"size={TMP_BYTES},mode=1777"},  # noqa: S108 - its own
         "mounts": [

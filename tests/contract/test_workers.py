@@ -56,11 +56,11 @@ def test_a_spec_says_at_once_what_cannot_be(bench):
     with pytest.raises(ValueError, match="no name for a worker"):
         bench.spec("../elsewhere")
     with pytest.raises(ValueError, match="different names"):
-        bench.spec("u", processes=(0, 0))
+        bench.spec("unit", processes=(0, 0))
     with pytest.raises(ValueError, match="where their scheduler is"):
-        replace(bench.spec("u"), scheduler_address=None)
+        replace(bench.spec("unit"), scheduler_address=None)
     with pytest.raises(ValueError, match="absolute"):
-        replace(bench.spec("u"), data_folders=("data",))
+        replace(bench.spec("unit"), data_folders=("data",))
 
 
 def test_the_processes_of_a_unit_register_with_their_names_and_their_pool(bench, unit):
@@ -278,7 +278,7 @@ def test_a_container_has_the_rights_and_the_limits_of_its_spec(bench, unit):
     assert shares + scratch_nbytes <= memory_nbytes < 2 * shares + scratch_nbytes
     with client_of(bench.base_url) as engine:
         host = engine.containers.get(unit.name).attrs["HostConfig"]
-    assert host["NanoCpus"] == unit.threads_per_process * len(unit.process_names) * 10**9
+    assert host["CpuQuota"] == host["CpuPeriod"] * unit.threads_per_process * len(unit.process_names)
     assert host["MemorySwap"] == host["Memory"] == memory_nbytes
     assert host["RestartPolicy"]["Name"] == "no"
     assert host["NetworkMode"] == "none"
@@ -317,6 +317,13 @@ def test_what_the_engine_refuses_is_an_error_that_says_why_and_leaves_nothing(be
     with pytest.raises(UnitStartError, match="/does/not/exist"):
         bench.do(bench.runtime.start(spec))
     assert bench.leftovers("impossible") == []
+
+
+@only_docker
+def test_a_unit_may_have_more_threads_than_the_host_has_processors(bench):
+    spec = replace(bench.spec("wide", processes=(4,)), threads_per_process=4 * os.cpu_count())
+    assert bench.do(bench.runtime.start(spec)).state == "running"
+    bench.do(bench.runtime.stop(spec.name, 1))
 
 
 @only_docker

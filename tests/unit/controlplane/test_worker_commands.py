@@ -131,7 +131,7 @@ def test_a_containers_memory_holds_the_share_of_each_process_and_all_that_may_be
     spilled = 2 * spill_bytes_of(WORKERS)
     assert options["mem_limit"] > shares + spilled
     assert options["memswap_limit"] == options["mem_limit"]  # no swap
-    assert options["nano_cpus"] == 6 * 10**9
+    assert options["cpu_quota"] == 6 * options["cpu_period"]
     assert f"size={spilled}" not in options["tmpfs"]["/scratch"]  # Dask stops before the file system does
     assert int(options["tmpfs"]["/scratch"].split(",")[0].removeprefix("size=")) > spilled
 
