@@ -188,6 +188,7 @@ class Daemon:
                 await _wait_for_first(stop, working)
                 notify_systemd("STOPPING=1")
                 if has_to_stop_clusters:
+                    await runner.cleanup()  # first: nobody may ask for a new cluster meanwhile
                     await self._remove_all(loop)
             finally:
                 _unlink_own(self.config.socket, inode)
@@ -233,7 +234,7 @@ class Daemon:
             ),
             data_folders=config.workers.data_folders,
             images=config.workers.allowed_images,
-            wireguard_backend="none" if config.network == "loopback" else config.network_options.wireguard,
+            wireguard_backend=getattr(self._plane, "backend", "none"),
             runtime=config.runtime,
             network=config.network,
             packages=self._packages,

@@ -15,7 +15,7 @@ from controlplane.admission import check_caller, check_spec, choose_port, find_r
 from controlplane.clock import Clock
 from controlplane.config import SiteConfig
 from controlplane.desired import DesiredCluster, desired_cluster
-from controlplane.errors import ConflictError, NotFoundError
+from controlplane.errors import ConflictError, NotFoundError, StoreError
 from controlplane.identity import Caller
 from controlplane.leases import Tombstone, check_epoch, grant
 from controlplane.loop import Loop
@@ -226,7 +226,15 @@ class Site:
             raise NotFoundError(
                 f"Cluster {cluster_id} has no worker {worker!r} here. It has {', '.join(names) or 'none'}."
             )
-        return "".join([await self._runtime.logs(unit, min(lines, MAX_LOG_LINES), process) for unit, process in wanted])
+        written = []
+        for name, process in wanted:
+            try:
+                written.append(await self._runtime.logs(name, min(lines, MAX_LOG_LINES), process))
+            except NotFoundError:
+                if worker is not None:
+                    raise
+                # Of all workers, those that have not started yet have written nothing.
+        return "".join(written)
 
     # ------------------------------------------------------------------------------------------ what the loop asks for
 
@@ -317,9 +325,9 @@ class Site:
             name=name,
             reason=reason,
         )
-        self._store.bury(tombstone)
         self._tombstones.pop(cluster_id, None)
         self._tombstones[cluster_id] = tombstone
+        self._store.bury(tombstone)
         while len(self._tombstones) > MAX_TOMBSTONES:
             oldest = next(iter(self._tombstones))
             self._store.unearth(oldest)
@@ -327,9 +335,17 @@ class Site:
         return tombstone
 
     def _end(self, record: ClusterRecord, reason: str, epoch: int = 0) -> None:
-        self._bury(record.cluster_id, max(epoch, record.spec.epoch), record.owner, record.spec.name, reason)
-        self._save(replace(record, is_ended=True, end_reason=reason))
+        """End a cluster, also if the disk is full: what is removed must not depend on what can be written."""
+        ended = replace(record, is_ended=True, end_reason=reason)
+        self._records[record.cluster_id] = ended
         logger.info("end cluster id=%s reason=%s", record.cluster_id, reason)
+        try:
+            self._bury(record.cluster_id, max(epoch, record.spec.epoch), record.owner, record.spec.name, reason)
+            self._store.save(ended)
+        except StoreError as exc:
+            logger.error("the end of a cluster cannot be written down reason=%s", exc)  # noqa: TRY400 - no traceback
+        if self._loop is not None:
+            self._loop.poke(record.cluster_id, is_changed=True)
 
     async def _wait_settled(self, cluster_id: str) -> None:
         if self._loop is not None:
