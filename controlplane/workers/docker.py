@@ -256,7 +256,9 @@ class DockerRuntime:
         state = container.attrs["State"]
         about = {"cluster_id": container.labels.get(LABEL_CLUSTER, ""), "name": container.name}
         if state["Status"] == "created":
-            return WorkerState(**about, state="starting")
+            if container.name in self._starting:
+                return WorkerState(**about, state="starting")
+            return WorkerState(**about, state="exited", message="it was started only in part")
         if not state["Running"] or not state["Pid"]:
             message = "its memory was not enough" if state.get("OOMKilled") else reason_of(state["ExitCode"])
             return WorkerState(**about, state="exited", exit_code=state["ExitCode"], message=message)
@@ -266,7 +268,9 @@ class DockerRuntime:
         image = spec.image or self.image
         with self._engine() as engine:
             with suppress(NotFound):
-                state = self._state(engine.containers.get(spec.name))
+                found = engine.containers.get(spec.name)
+                self._check_owner(found)
+                state = self._state(found)
                 if state.state == "running":
                     return state
                 self._remove(spec.name, 0)
@@ -326,11 +330,17 @@ class DockerRuntime:
     def _remove(self, name: str, grace_seconds: float) -> None:
         with self._engine() as engine, suppress(NotFound):
             container = engine.containers.get(name)
-            if container.labels.get(LABEL_FOLDER) != str(self.folder.path):
-                raise UnitStartError(f"Container {name!r} is not one of this daemon's: it stays. Use another name.")
+            self._check_owner(container)
             if container.attrs["State"]["Running"]:
                 container.stop(timeout=int(grace_seconds) + 1)  # the keeper takes the grace, then the engine kills all
             container.remove(force=True, v=True)
+
+    def _check_owner(self, container: Any) -> None:
+        if container.labels.get(LABEL_FOLDER) != str(self.folder.path):
+            raise UnitStartError(
+                f"Container {container.name!r} is not one of this daemon's ({self.folder.path}), so it stays as it is: "
+                "remove it (docker rm), or use another name."
+            )
 
     def _logs(self, name: str, lines: int, process: str | None) -> str:
         with self._engine() as engine:

@@ -327,11 +327,28 @@ def test_a_unit_may_have_more_threads_than_the_host_has_processors(bench):
 
 
 @only_docker
+def test_a_container_that_a_crash_left_without_starting_it_is_no_unit_that_runs(bench):
+    spec = bench.spec("halfway", processes=(4,))
+    bench.do(bench.runtime.start(spec))
+    with client_of(bench.base_url) as engine:
+        labels = engine.containers.get(spec.name).labels
+        engine.containers.get(spec.name).remove(force=True)
+        assert bench.do(bench.runtime.observe())[spec.name].state == "exited"
+        engine.containers.create(bench.runtime.image, name=spec.name, labels=labels)
+    assert bench.do(bench.runtime.observe())[spec.name].state == "exited"
+    assert bench.do(bench.runtime.start(spec)).state == "running"
+    bench.do(bench.runtime.stop(spec.name, 1))
+    assert bench.leftovers(spec.name) == []
+
+
+@only_docker
 def test_containers_of_others_are_neither_seen_nor_touched(bench, unit, tmp_path):
     other = bench.opened(DockerRuntime(tmp_path, base_url=bench.base_url))
     assert bench.do(other.observe()) == {}
     with pytest.raises(UnitStartError, match="not one of this daemon's"):
         bench.do(other.stop(unit.name, 1))
+    with pytest.raises(UnitStartError, match="not one of this daemon's"):
+        bench.do(other.start(unit))
     assert bench.do(bench.runtime.observe())[unit.name].state == "running"
 
 
