@@ -27,7 +27,7 @@ from controlplane.clock import Clock, SystemClock
 from controlplane.errors import ApplyError, InvalidSpecError
 from controlplane.network.base import WorkerLink
 from controlplane.network.interfaces import Backend, InterfaceMaker, Place, PortTakenError, check_port, namespace_of
-from controlplane.network.keepers import KeeperClient, KeeperGoneError, find_keepers, start_keeper
+from controlplane.network.keepers import ImpostorError, KeeperClient, KeeperGoneError, find_keepers, start_keeper
 from controlplane.network.links import LinkError, open_links
 from controlplane.network.peers import plan_peers
 from controlplane.network.topology import (
@@ -245,6 +245,8 @@ class NamespacePlane:
         try:
             async with KeeperClient(self._instance, config.cluster_id):
                 return False
+        except ImpostorError:
+            raise
         except KeeperGoneError:
             await start_keeper(
                 self._instance, config.cluster_id, prefix=config.prefix, deadline_seconds=config.deadline_seconds

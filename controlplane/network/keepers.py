@@ -25,7 +25,7 @@ from controlplane.command import run
 from controlplane.errors import ApplyError
 from controlplane.network import keeper
 
-__all__ = ["KeeperClient", "KeeperGoneError", "KeeperStatus", "find_keepers", "start_keeper"]
+__all__ = ["ImpostorError", "KeeperClient", "KeeperGoneError", "KeeperStatus", "find_keepers", "start_keeper"]
 
 _UNIX_SOCKETS = Path("/proc/self/net/unix")  # of our own network namespace
 _ANSWER_SECONDS = 8.0  # longer than a keeper waits for wireguard-go
@@ -34,6 +34,10 @@ _END_SECONDS = 5.0
 
 class KeeperGoneError(ApplyError):
     """There is no such keeper, or it ended while it was asked."""
+
+
+class ImpostorError(KeeperGoneError):
+    """Somebody else took the name of a keeper's socket."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +96,9 @@ class KeeperClient:
         Raises
         ------
         KeeperGoneError
-            There is none, or the socket is somebody else's.
+            There is none.
+        ImpostorError
+            The socket is somebody else's.
         """
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
@@ -103,7 +109,7 @@ class KeeperClient:
         pid, uid, _gid = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid != os.geteuid():
             connection.close()
-            raise KeeperGoneError(
+            raise ImpostorError(
                 f"The socket @{self._name} belongs to process {pid} of user {uid}, who took its name. End that process."
             )
         self.pid = pid
