@@ -34,58 +34,18 @@ def lab() -> None:
 def _options(command: Any) -> Any:
     for option in reversed(
         [
+            click.option("--name", default="lab", show_default=True, help="Two labs at once need two names."),
             click.option(
-                "--name",
-                default="lab",
-                show_default=True,
-                help="Two labs at once need two names.",
+                "--rate", type=float, metavar="MBIT", help="What each link carries, in Mbit/s; else no limit."
             ),
+            click.option("--delay", type=float, default=0.0, metavar="MS", help="Delay one way, in ms."),
+            click.option("--loss", type=float, default=0.0, metavar="SHARE", help="Share of packets lost, 0 to 1."),
+            click.option("--nat", multiple=True, metavar="SITE", help="A site behind a router with NAT (repeatable)."),
+            click.option("--data", multiple=True, metavar="SITE=FOLDER", help="What a site has as /data/SITE."),
+            click.option("--engine/--no-engine", default=None, help="A Docker engine per host [if there is dockerd]."),
+            click.option("--image", metavar="FILE", help="Archive with the workers' image [built]; none: no image."),
             click.option(
-                "--rate",
-                type=float,
-                metavar="MBIT",
-                help="What each link carries, in Mbit/s; else no limit.",
-            ),
-            click.option(
-                "--delay",
-                type=float,
-                default=0.0,
-                metavar="MS",
-                help="Delay one way, in ms.",
-            ),
-            click.option(
-                "--loss",
-                type=float,
-                default=0.0,
-                metavar="SHARE",
-                help="Share of packets lost, 0 to 1.",
-            ),
-            click.option(
-                "--nat",
-                multiple=True,
-                metavar="SITE",
-                help="A site behind a router with NAT (repeatable).",
-            ),
-            click.option(
-                "--data",
-                multiple=True,
-                metavar="SITE=FOLDER",
-                help="What a site has as /data/SITE.",
-            ),
-            click.option(
-                "--engine/--no-engine",
-                default=None,
-                help="A Docker engine per host [if there is dockerd].",
-            ),
-            click.option(
-                "--image",
-                metavar="FILE",
-                help="Archive with the workers' image [built]; none: no image.",
-            ),
-            click.option(
-                "--share",
-                type=click.Path(exists=True, file_okay=False),
-                help="Folder shared with the client.",
+                "--share", type=click.Path(exists=True, file_okay=False), help="Folder shared with the client."
             ),
         ]
     ):
@@ -140,11 +100,7 @@ def status(name: str) -> None:
 @click.option("--delay", type=float, metavar="MS", help="One way, in ms.")
 @click.option("--loss", type=float, metavar="SHARE", help="Share of packets lost, 0 to 1.")
 @click.option("--cut/--join", default=None, help="Let nothing pass, or everything again.")
-@click.option(
-    "--nat/--no-nat",
-    default=None,
-    help="Put the hosts behind routers with NAT, or take them out.",
-)
+@click.option("--nat/--no-nat", default=None, help="Put the hosts behind routers with NAT, or take them out.")
 @click.argument("hosts", nargs=-1)
 def wan(
     *,
@@ -208,18 +164,12 @@ def forward(name: str, port: int | None, host: str, target: str) -> None:
                 f"Port {wanted} of 127.0.0.1 cannot be had ({exc.strerror}). Choose another --port."
             ) from exc
         with listener:
-            process = subprocess.Popen(
-                render_forwarder(listener, pids[host], target),
-                pass_fds=[listener.fileno()],
-            )
+            process = subprocess.Popen(render_forwarder(listener, pids[host], target), pass_fds=[listener.fileno()])
             click.echo(f"{target} of {host} is at http://127.0.0.1:{listener.getsockname()[1]}; Ctrl-C ends it")
             process.wait()
 
 
-@lab.command(
-    "exec",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)
+@lab.command("exec", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
 @click.option("--name", default="lab", show_default=True)
 @click.option("--user", default="root", show_default=True, help="root, or the account mesh.")
 @click.argument("host")
@@ -272,12 +222,7 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     from dataclasses import replace
 
     from meshcompute.lab.images import open_image_store
-    from meshcompute.lab.starting import (
-        find_accounts,
-        find_readable,
-        has_engine,
-        start_lab,
-    )
+    from meshcompute.lab.starting import find_accounts, find_readable, has_engine, start_lab
     from meshcompute.lab.topology import SYSTEM_PATH, Lab, default_hosts
 
     data = dict(item.split("=", 1) for item in options["data"])
@@ -286,13 +231,10 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     )
     rate = options["rate"]
     # Hosts find what the caller finds, and first of all what was installed with meshcompute.
-    folders = [
-        str(Path(sys.executable).parent),
-        *os.get_exec_path(),
-        *SYSTEM_PATH.split(":"),
-    ]
+    folders = [str(Path(sys.executable).parent), *os.get_exec_path(), *SYSTEM_PATH.split(":")]
     path = ":".join(dict.fromkeys(folders))
     shared = options["share"] and str(Path(options["share"]).resolve())
+    engine = has_engine() if options["engine"] is None else options["engine"]
     wanted = Lab(
         name=options["name"],
         hosts=hosts,
@@ -303,8 +245,9 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
         delay_seconds=options["delay"] / 1e3,
         rate_bits_per_second=None if rate is None else rate * 1e6,
         loss=options["loss"],
-        daemon=shutil.which("meshcompute-site", path=path) is not None,
-        engine=has_engine() if options["engine"] is None else options["engine"],
+        # Without an engine there are no containers, and a site has nothing to give to the mesh.
+        daemon=engine and shutil.which("meshcompute-site", path=path) is not None,
+        engine=engine,
     )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     locks = []
@@ -330,10 +273,7 @@ class _Errors:
         return
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, (MeshError, OSError, ValueError)):
             raise click.ClickException(str(error)) from error

@@ -97,10 +97,7 @@ def desired_files(
     passwd, shadow, group = machine["passwd"], machine["shadow"], machine["group"]
     for account in lab.accounts:
         ids = f"{account.uid}:{account.gid}"
-        passwd = _with_line(
-            passwd,
-            f"{account.name}:x:{ids}:meshcompute lab:{_home_of(account.name)}:/bin/sh",
-        )
+        passwd = _with_line(passwd, f"{account.name}:x:{ids}:meshcompute lab:{_home_of(account.name)}:/bin/sh")
         # "*" is a password that nothing matches; a locked account ("!") is refused by sshd where it does not use PAM.
         shadow = _with_line(shadow, f"{account.name}:*:19000:0:99999:7:::")
         group = _with_line(group, f"{account.name}:x:{account.gid}:")
@@ -114,16 +111,9 @@ def desired_files(
         PlacedFile(path="/etc/hosts", text=f"127.0.0.1\tlocalhost\n::1\tlocalhost\n{names}"),
         PlacedFile(path="/etc/ssh/lab/host_key", text=private, mode=0o600, is_ours=True),
         PlacedFile(path="/etc/ssh/lab/host_key.pub", text=public, is_ours=True),
-        PlacedFile(
-            path="/etc/ssh/lab/sshd_config",
-            text=_SSHD_CONFIG.format(ready=READY_FILE, path=lab.path),
-        ),
+        PlacedFile(path="/etc/ssh/lab/sshd_config", text=_SSHD_CONFIG.format(ready=READY_FILE, path=lab.path)),
         # A home of the machine's root may hold keys of the machine's.
-        PlacedFile(
-            path="/root/.ssh/README",
-            text="The lab hides the machine's own keys.\n",
-            is_ours=True,
-        ),
+        PlacedFile(path="/root/.ssh/README", text="The lab hides the machine's own keys.\n", is_ours=True),
     ]
     known = "".join(f"{other.name},{other.address} {host_keys[other.name][1]}" for other in lab.hosts)
     for account in lab.accounts:
@@ -136,13 +126,7 @@ def desired_files(
 
 
 def _desired_home(
-    lab: Lab,
-    host: Host,
-    owner: Account,
-    account: Account,
-    *,
-    key: tuple[str, str],
-    known: str,
+    lab: Lab, host: Host, owner: Account, account: Account, *, key: tuple[str, str], known: str
 ) -> list[PlacedFile]:
     """List the files with which an owner logs in at sites as an account, or that let the account in at a site."""
     folder = _home_of(owner.name)
@@ -224,10 +208,7 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
     if host.data is not None:
         lines.append(f"mount --bind -o ro {host.data} {data}")
     if lab.shared is not None and not host.is_site:
-        lines += [
-            f"mkdir -p root{lab.shared}",
-            f"mount --rbind {lab.shared} root{lab.shared}",
-        ]
+        lines += [f"mkdir -p root{lab.shared}", f"mount --rbind {lab.shared} root{lab.shared}"]
     lines += [
         "cd root",
         "pivot_root . mnt",
@@ -287,20 +268,12 @@ def desired_services(lab: Lab, host: Host) -> tuple[PlacedFile, ...]:
         scripts["site"] = f"{folders}\nexec meshcompute-site serve --config {SITE_FILE}"
         files.append(PlacedFile(path=SITE_FILE, text=render_site(lab, host)))
     files += [
-        PlacedFile(
-            path=f"/etc/lab/{name}",
-            text=f"{head}exec >>{LOG_FOLDER}/{name}.log 2>&1\n{script}\n",
-        )
+        PlacedFile(path=f"/etc/lab/{name}", text=f"{head}exec >>{LOG_FOLDER}/{name}.log 2>&1\n{script}\n")
         for name, script in scripts.items()
     ]
     # sshd is the one whose end is the host's.
-    starts = [f"sh /etc/lab/{name} &" for name in scripts if name != "sshd"]
-    files.append(
-        PlacedFile(
-            path="/etc/lab/services",
-            text="\n".join([*starts, "exec sh /etc/lab/sshd"]) + "\n",
-        )
-    )
+    starts = [f"(sh /etc/lab/{name}; touch /run/lab.{name}.ended) &" for name in scripts if name != "sshd"]
+    files.append(PlacedFile(path="/etc/lab/services", text="\n".join([*starts, "exec sh /etc/lab/sshd"]) + "\n"))
     return tuple(files)
 
 

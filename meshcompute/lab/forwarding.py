@@ -43,25 +43,11 @@ def render_forwarder(listener: socket.socket, pid: int, target: str) -> Sequence
     target
         ``address:port`` as the host sees it.
     """
-    forwarder = [
-        sys.executable,
-        "-m",
-        __name__,
-        "--listen-fd",
-        str(listener.fileno()),
-        "--target",
-        target,
-    ]
-    return [
-        "setpriv",
-        "--pdeathsig",
-        "KILL",
-        "nsenter",
-        f"--target={pid}",
-        "--net",
-        "--",
-        *forwarder,
-    ]
+    forwarder = [sys.executable, "-m", __name__, "--listen-fd", str(listener.fileno()), "--target", target]
+    dies_with_parent = ["setpriv", "--pdeathsig", "KILL"]
+    # In the host's pid namespace, too, so that it cannot outlive the host and keep its network alive.
+    enter = ["nsenter", f"--target={pid}", "--net", "--pid", "--"]
+    return [*dies_with_parent, *enter, *dies_with_parent, *forwarder]
 
 
 async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

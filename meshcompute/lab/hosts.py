@@ -10,7 +10,7 @@ import os
 import socket
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,44 +26,15 @@ from meshcompute.lab.files import (
 )
 from meshcompute.lab.topology import Host, Lab
 
-__all__ = [
-    "RunningHost",
-    "make_keys",
-    "place",
-    "set_addresses",
-    "start_host",
-    "wait_until_ready",
-]
+__all__ = ["RunningHost", "make_keys", "place", "set_addresses", "start_host", "wait_until_ready"]
 
 READY_TIMEOUT_SECONDS = 30.0
 POLL_SECONDS = 0.01
 ANSWER_TIMEOUT_SECONDS = 2.0
 LOG_CHARACTERS = 2000
 NOT_A_FILE_SYSTEM = frozenset(
-    {
-        "autofs",
-        "binfmt_misc",
-        "bpf",
-        "cgroup",
-        "cgroup2",
-        "configfs",
-        "debugfs",
-        "devpts",
-        "devtmpfs",
-        "efivarfs",
-    }
-    | {
-        "fusectl",
-        "hugetlbfs",
-        "mqueue",
-        "nsfs",
-        "proc",
-        "pstore",
-        "ramfs",
-        "rpc_pipefs",
-        "securityfs",
-        "squashfs",
-    }
+    {"autofs", "binfmt_misc", "bpf", "cgroup", "cgroup2", "configfs", "debugfs", "devpts", "devtmpfs", "efivarfs"}
+    | {"fusectl", "hugetlbfs", "mqueue", "nsfs", "proc", "pstore", "ramfs", "rpc_pipefs", "securityfs", "squashfs"}
     | {"sysfs", "tmpfs", "tracefs"}
 )
 HIDDEN = ("/proc", "/sys", "/dev", "/run", "/data", "/mnt", "/var/lib/docker")
@@ -100,18 +71,7 @@ def make_keys(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[str, str]
     """
     running = [
         subprocess.Popen(
-            [
-                "ssh-keygen",
-                "-q",
-                "-t",
-                "ed25519",
-                "-N",
-                "",
-                "-C",
-                f"meshcompute lab {name}",
-                "-f",
-                str(folder / name),
-            ],
+            ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", f"meshcompute lab {name}", "-f", str(folder / name)],
             stdin=subprocess.DEVNULL,
         )
         for name in names
@@ -206,17 +166,7 @@ def start_host(
         _open_way(upper, Path(path))
     script = folder / "init"
     script.write_text(render_init(lab, host, folder=str(folder), mounts=_other_mounts()))
-    unshare = [
-        "unshare",
-        "--mount",
-        "--net",
-        "--pid",
-        "--uts",
-        "--ipc",
-        "--propagation",
-        "private",
-        "--fork",
-    ]
+    unshare = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--propagation", "private", "--fork"]
     environment = {"PATH": lab.path, "LANG": "C.UTF-8", "HOME": "/root"}
     with (folder / "init.log").open("w") as log:
         process = subprocess.Popen(
@@ -230,11 +180,7 @@ def start_host(
     assert process.stdin is not None
     assert process.stdout is not None
     if process.stdout.readline() != "created\n":
-        raise LabStartError(
-            f"host {host.name}",
-            "could not make its namespaces",
-            _text(folder / "init.log"),
-        )
+        raise LabStartError(f"host {host.name}", "could not make its namespaces", _text(folder / "init.log"))
     # unshare itself is in the host's network namespace, too.
     moved = subprocess.run(
         ["ip", "link", "set", device, "netns", str(process.pid), "name", UPLINK],
@@ -266,8 +212,11 @@ def wait_until_ready(lab: Lab, running: RunningHost, folder: Path) -> None:
     if lab.daemon:
         waiting_for["site"] = lambda: _answers(running.root / "run/meshcompute/site.sock", "/v1/health")
     while waiting_for:
-        with suppress(OSError):  # nobody listens yet; or all of it has just ended
-            waiting_for = {name: is_ready for name, is_ready in waiting_for.items() if not is_ready()}
+        waiting_for = {name: is_ready for name, is_ready in waiting_for.items() if not _is_true(is_ready)}
+        ended = [name for name in waiting_for if _is_true((running.root / f"run/lab.{name}.ended").exists)]
+        if ended:
+            log = _text(running.root / f"var/log/lab/{ended[0]}.log")[-LOG_CHARACTERS:]
+            raise LabStartError(part, f"lost its {ended[0]}, which ended", log)
         code = running.unshare.poll()
         if code is not None:
             raise LabStartError(part, f"ended with exit code {code}", _text(folder / "init.log"))
@@ -277,6 +226,13 @@ def wait_until_ready(lab: Lab, running: RunningHost, folder: Path) -> None:
             reason = f"was not ready after {READY_TIMEOUT_SECONDS:g} s: no {missing}"
             raise LabStartError(part, reason, _text(folder / "init.log") + "\n".join(logs))
         time.sleep(POLL_SECONDS)
+
+
+def _is_true(question: Callable[[], bool]) -> bool:
+    try:
+        return question()
+    except OSError:  # nobody listens yet; or the host has just ended
+        return False
 
 
 def _answers(path: Path, resource: str) -> bool:

@@ -133,11 +133,7 @@ def _key_of_build(builder: Path | None) -> str:
     for package in ("meshcompute", "controlplane"):
         files += sorted((top / package).rglob("*.py"))
     versions = sorted(f"{found.name}=={found.version}" for found in metadata.distributions())
-    parts = [
-        platform.python_version(),
-        *versions,
-        *(f"{file.relative_to(top)}" for file in files),
-    ]
+    parts = [platform.python_version(), *versions, *(f"{file.relative_to(top)}" for file in files)]
     return _digest("\n".join(parts).encode(), *(file.read_bytes() for file in files))
 
 
@@ -153,15 +149,7 @@ def _build(builder: Path, base: Path, environment: dict[str, str], say: Callable
         _run(["docker", "load", "--input", str(base)], environment)
     else:
         say("no image yet: making one takes a few minutes, once")
-    command = [
-        str(builder),
-        "--base",
-        "debootstrap",
-        "--like",
-        sys.executable,
-        "--tag",
-        IMAGE,
-    ]
+    command = [str(builder), "--base", "debootstrap", "--like", sys.executable, "--tag", IMAGE]
     # Not from a source tree that is found by accident: PYTHON is what the script makes its own environment with.
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig", "TERM", *command],
@@ -192,33 +180,9 @@ def _build(builder: Path, base: Path, environment: dict[str, str], say: Callable
 @contextmanager
 def _engine(folder: Path) -> Iterator[dict[str, str]]:
     """Run an engine of our own that keeps its images in a folder; yields the variables that lead to it."""
-    command = [
-        "setpriv",
-        "--pdeathsig",
-        "KILL",
-        "unshare",
-        "--mount",
-        "--net",
-        "--pid",
-        "--ipc",
-        "--fork",
-    ]
-    command += [
-        "--kill-child",
-        "--mount-proc",
-        "--propagation",
-        "private",
-        "--",
-        "sh",
-        "-ec",
-        _ENGINE,
-        "sh",
-    ]
-    process = subprocess.Popen(
-        [*command, str(folder), CGROUP],
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    command = ["setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--net", "--pid", "--ipc", "--fork"]
+    command += ["--kill-child", "--mount-proc", "--propagation", "private", "--", "sh", "-ec", _ENGINE, "sh"]
+    process = subprocess.Popen([*command, str(folder), CGROUP], stdin=subprocess.DEVNULL, start_new_session=True)
     environment = {**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock"}
     try:
         deadline = time.monotonic() + ENGINE_TIMEOUT_SECONDS

@@ -14,15 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
-from meshcompute.lab.packets import (
-    ICMP,
-    TCP,
-    UDP,
-    addresses_of,
-    ports_of,
-    rewrite_source,
-    rewrite_target,
-)
+from meshcompute.lab.packets import ICMP, TCP, UDP, addresses_of, ports_of, rewrite_source, rewrite_target
 
 __all__ = ["Nat"]
 

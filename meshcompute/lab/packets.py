@@ -56,11 +56,7 @@ def ports_of(packet: bytes) -> tuple[int, int, int] | None:
     if is_fragment(packet) or len(packet) < start + 8:
         return None
     if protocol in {TCP, UDP}:
-        return (
-            protocol,
-            int.from_bytes(packet[start : start + 2]),
-            int.from_bytes(packet[start + 2 : start + 4]),
-        )
+        return (protocol, int.from_bytes(packet[start : start + 2]), int.from_bytes(packet[start + 2 : start + 4]))
     if protocol == ICMP and packet[start] in {ECHO_REPLY, ECHO_REQUEST}:
         number = int.from_bytes(packet[start + 4 : start + 6])
         return protocol, number, number
@@ -82,10 +78,7 @@ def _rewrite(packet: bytes, address_at: int, port_at: int, address: bytes, port:
     protocol, start = packet[9], (packet[0] & 15) * 4
     number_at = start + (4 if protocol == ICMP else port_at)
     number = port.to_bytes(2)
-    old_address, old_number = (
-        packet[address_at : address_at + 4],
-        packet[number_at : number_at + 2],
-    )
+    old_address, old_number = (packet[address_at : address_at + 4], packet[number_at : number_at + 2])
     changed[address_at : address_at + 4] = address
     changed[number_at : number_at + 2] = number
     _adjust(changed, 10, old_address, address)

@@ -35,16 +35,7 @@ DIES_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL")
 CGROUPS = Path("/sys/fs/cgroup")
 # What a user's session on the machine says about the machine is wrong on a host of the lab.
 FOREIGN_VARIABLES = frozenset(
-    {
-        "SSH_AUTH_SOCK",
-        "SSH_CONNECTION",
-        "SSH_CLIENT",
-        "SSH_TTY",
-        "XDG_RUNTIME_DIR",
-        "DOCKER_HOST",
-        "MAIL",
-        "OLDPWD",
-    }
+    {"SSH_AUTH_SOCK", "SSH_CONNECTION", "SSH_CLIENT", "SSH_TTY", "XDG_RUNTIME_DIR", "DOCKER_HOST", "MAIL", "OLDPWD"}
 )
 
 
@@ -203,49 +194,14 @@ class RunningLab:
         home = "/root" if user == "root" else f"/home/{user}"
         given = os.environ if environment is None else environment
         variables = {name: value for name, value in given.items() if name not in FOREIGN_VARIABLES}
-        variables |= {
-            "HOME": home,
-            "USER": user,
-            "LOGNAME": user,
-            "PATH": status.lab.path,
-        }
+        variables |= {"HOME": home, "USER": user, "LOGNAME": user, "PATH": status.lab.path}
         become = [] if user == "root" else [f"--reuid={user}", f"--regid={user}", "--init-groups"]
-        enter = [
-            "nsenter",
-            f"--target={status.pids[host]}",
-            "--mount",
-            "--net",
-            "--pid",
-            "--uts",
-            "--ipc",
-        ]
-        start = [
-            "sh",
-            "-c",
-            'cd "$1" 2>/dev/null || cd; shift; exec "$@"',
-            "sh",
-            str(folder or Path.cwd()),
-            *command,
-        ]
-        return [
-            *enter,
-            "--root",
-            "--wd",
-            "--",
-            *DIES_WITH_PARENT,
-            *become,
-            "--",
-            *start,
-        ], variables
+        enter = ["nsenter", f"--target={status.pids[host]}", "--mount", "--net", "--pid", "--uts", "--ipc"]
+        start = ["sh", "-c", 'cd "$1" 2>/dev/null || cd; shift; exec "$@"', "sh", str(folder or Path.cwd()), *command]
+        return [*enter, "--root", "--wd", "--", *DIES_WITH_PARENT, *become, "--", *start], variables
 
     def run(
-        self,
-        host: str,
-        *command: str,
-        user: str = "root",
-        timeout: float = 60.0,
-        check: bool = True,
-        **options: Any,
+        self, host: str, *command: str, user: str = "root", timeout: float = 60.0, check: bool = True, **options: Any
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host and wait for it.
 
@@ -320,10 +276,7 @@ class RunningLab:
                 connection.connect(address_of(self.name))
                 connection.sendall(json.dumps(request).encode() + b"\n")
                 data, fds = _receive(connection)
-            except (
-                ConnectionError,
-                EOFError,
-            ) as exc:  # there is none, or it has ended while it was asked
+            except (ConnectionError, EOFError) as exc:  # there is none, or it has ended while it was asked
                 cure = "meshcompute lab up" + ("" if self.name == "lab" else f" --name {self.name}")
                 raise LabStateError(f"No lab {self.name!r} is up on this machine. Start it: {cure}") from exc
             except TimeoutError as exc:
@@ -359,10 +312,7 @@ def address_of(name: str) -> str:
 def _links_of(answer: Mapping[str, Any]) -> dict[tuple[str, str], Link]:
     return {
         (link["from"], link["to"]): Link(
-            source=link["from"],
-            target=link["to"],
-            shape=Shape(**link["shape"]),
-            counters=Counters(**link["counters"]),
+            source=link["from"], target=link["to"], shape=Shape(**link["shape"]), counters=Counters(**link["counters"])
         )
         for link in answer["links"]
     }

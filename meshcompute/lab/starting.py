@@ -24,12 +24,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from meshcompute.lab.errors import (
-    LabError,
-    LabMissingError,
-    LabStartError,
-    LabStateError,
-)
+from meshcompute.lab.errors import LabError, LabMissingError, LabStartError, LabStateError
 from meshcompute.lab.running import CGROUPS, RunningLab, address_of, sweep_cgroups
 from meshcompute.lab.topology import ACCOUNTS, Account, Lab
 
@@ -58,18 +53,7 @@ PACKAGE_OF = {  # in Debian
     "tini": "tini",
     "unshare": "util-linux",
 }
-NEEDED = (
-    "ip",
-    "mount",
-    "nsenter",
-    "pivot_root",
-    "setpriv",
-    "ssh",
-    "ssh-keygen",
-    "sshd",
-    "tini",
-    "unshare",
-)
+NEEDED = ("ip", "mount", "nsenter", "pivot_root", "setpriv", "ssh", "ssh-keygen", "sshd", "tini", "unshare")
 FIRST_UID = 2000  # of accounts: above those that people and packages get first, below those of containers
 START_TIMEOUT_SECONDS = 120.0
 STOP_TIMEOUT_SECONDS = 20.0
@@ -96,13 +80,7 @@ def find_accounts() -> tuple[Account, ...]:
 
 def find_readable(*more: str | None) -> tuple[str, ...]:
     """List what the accounts of hosts must be able to reach to run this Python and meshcompute; and more."""
-    paths = [
-        sys.executable,
-        os.path.realpath(sys.executable),
-        sys.base_prefix + "/lib",
-        __file__,
-        *more,
-    ]
+    paths = [sys.executable, os.path.realpath(sys.executable), sys.base_prefix + "/lib", __file__, *more]
     return tuple(dict.fromkeys(path for path in paths if path))
 
 
@@ -133,20 +111,13 @@ def check_machine(lab: Lab) -> None:
         raise LabMissingError(
             f"A lab needs {', '.join(missing)}, not found on this machine. Install it: apt-get install {packages}"
         )
-    for part, file in (
-        ("TUN devices", "/dev/net/tun"),
-        ("namespaces of processes", "/proc/self/ns/pid"),
-    ):
+    for part, file in (("TUN devices", "/dev/net/tun"), ("namespaces of processes", "/proc/self/ns/pid")):
         if not Path(file).exists():
             raise LabMissingError(f"A lab needs {part} ({file}), which this machine's kernel does not offer.")
 
 
 def start_lab(
-    lab: Lab,
-    *,
-    say: Callable[[str], None] = lambda _line: None,
-    dies_with_us: bool = False,
-    locks: Sequence[int] = (),
+    lab: Lab, *, say: Callable[[str], None] = lambda _line: None, dies_with_us: bool = False, locks: Sequence[int] = ()
 ) -> subprocess.Popen[bytes]:
     """Start a lab and wait until its hosts answer.
 

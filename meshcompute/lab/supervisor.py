@@ -28,13 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from meshcompute.lab.errors import LabError, LabStartError
-from meshcompute.lab.hosts import (
-    RunningHost,
-    make_keys,
-    set_addresses,
-    start_host,
-    wait_until_ready,
-)
+from meshcompute.lab.hosts import RunningHost, make_keys, set_addresses, start_host, wait_until_ready
 from meshcompute.lab.nat import Nat
 from meshcompute.lab.shaping import Shape
 from meshcompute.lab.topology import CONTROL_NETWORK, Host, Lab
@@ -67,11 +61,7 @@ class Supervisor:
         self.hosts: dict[str, RunningHost] = {}
         devices = {host.name: open_tun(f"wan{number}") for number, host in enumerate(lab.hosts)}
         self._device_names = {host.name: f"wan{number}" for number, host in enumerate(lab.hosts)}
-        shape = Shape(
-            rate_bits_per_second=lab.rate_bits_per_second,
-            delay_seconds=lab.delay_seconds,
-            loss=lab.loss,
-        )
+        shape = Shape(rate_bits_per_second=lab.rate_bits_per_second, delay_seconds=lab.delay_seconds, loss=lab.loss)
         addresses = {host.name: host.address.packed for host in lab.hosts}
         self.wan = Wan(devices, addresses, shape, CONTROL_NETWORK[1].packed)
         for host in lab.hosts:
@@ -96,33 +86,16 @@ class Supervisor:
             user_keys = make_keys(keys, tuple(account.name for account in self.lab.accounts))
             host_keys = make_keys(keys, tuple(host.name for host in self.lab.hosts))
             with ThreadPoolExecutor(len(self.lab.hosts)) as pool:
-                list(
-                    pool.map(
-                        lambda host: self._start(host, host_keys, user_keys),
-                        self.lab.hosts,
-                    )
-                )
+                list(pool.map(lambda host: self._start(host, host_keys, user_keys), self.lab.hosts))
             self.say("ready")
         except BaseException as exc:
             failures.append(exc)
             self.wan.stop()
 
-    def _start(
-        self,
-        host: Host,
-        host_keys: dict[str, tuple[str, str]],
-        user_keys: dict[str, tuple[str, str]],
-    ) -> None:
+    def _start(self, host: Host, host_keys: dict[str, tuple[str, str]], user_keys: dict[str, tuple[str, str]]) -> None:
         folder = BASE / "hosts" / host.name
         device = self._device_names[host.name]
-        running = start_host(
-            self.lab,
-            host,
-            folder=folder,
-            host_keys=host_keys,
-            user_keys=user_keys,
-            device=device,
-        )
+        running = start_host(self.lab, host, folder=folder, host_keys=host_keys, user_keys=user_keys, device=device)
         wait_until_ready(self.lab, running, folder)
         self.hosts[host.name] = running
         self.say(f"{host.name} is up at {host.address}")
@@ -156,11 +129,7 @@ class Supervisor:
         match request["do"]:
             case "status":
                 hosts = dict(self.hosts)
-                fds = [
-                    os.pidfd_open(1),
-                    os.pidfd_open(os.getpid()),
-                    *(os.pidfd_open(h.pid) for h in hosts.values()),
-                ]
+                fds = [os.pidfd_open(1), os.pidfd_open(os.getpid()), *(os.pidfd_open(h.pid) for h in hosts.values())]
                 return {
                     "lab": self.lab.to_json(),
                     "hosts": list(hosts),
@@ -211,12 +180,7 @@ class Supervisor:
 
     def _links(self) -> list[dict[str, Any]]:
         return [
-            {
-                "from": source,
-                "to": target,
-                "shape": asdict(direction.shape),
-                "counters": asdict(direction.counters),
-            }
+            {"from": source, "to": target, "shape": asdict(direction.shape), "counters": asdict(direction.counters)}
             for (source, target), direction in self.wan.directions.items()
         ]
 
@@ -242,10 +206,7 @@ def main() -> None:
 
     try:
         lab = Lab.from_json(json.loads(arguments.lab))
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", "mode=0755", "meshcompute-lab", str(BASE)],
-            check=True,
-        )
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=0755", "meshcompute-lab", str(BASE)], check=True)
         listener = socket.socket(fileno=arguments.listen_fd)
         supervisor = Supervisor(lab, listener, say)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -10,22 +10,11 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network
 from typing import Any, Self
 
-__all__ = [
-    "ACCOUNTS",
-    "CONTROL_NETWORK",
-    "SYSTEM_PATH",
-    "Account",
-    "Host",
-    "Lab",
-    "default_hosts",
-]
+__all__ = ["ACCOUNTS", "CONTROL_NETWORK", "SYSTEM_PATH", "Account", "Host", "Lab", "default_hosts"]
 
 CONTROL_NETWORK = IPv4Network("10.8.0.0/24")  # the reference's control plane
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-ACCOUNTS = (
-    "mesh",
-    "guest",
-)  # the first one is the user; the second one is somebody else
+ACCOUNTS = ("mesh", "guest")  # the first one is the user; the second one is somebody else
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,13 +66,7 @@ class Wan:
         Address that answers for targets to which there is no way.
     """
 
-    def __init__(
-        self,
-        devices: Mapping[str, int],
-        addresses: Mapping[str, bytes],
-        shape: Shape,
-        router: bytes,
-    ) -> None:
+    def __init__(self, devices: Mapping[str, int], addresses: Mapping[str, bytes], shape: Shape, router: bytes) -> None:
         self.devices = dict(devices)
         self.addresses = dict(addresses)
         self.directions = {pair: Direction(shape=shape) for pair in permutations(devices, 2)}

@@ -11,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcompute.lab.nat import Nat
-from meshcompute.lab.packets import (
-    ICMP,
-    TCP,
-    UDP,
-    addresses_of,
-    ports_of,
-    rewrite_source,
-    rewrite_target,
-    unreachable,
-)
+from meshcompute.lab.packets import ICMP, TCP, UDP, addresses_of, ports_of, rewrite_source, rewrite_target, unreachable
 from meshcompute.lab.shaping import Direction, Shape
 from meshcompute.lab.topology import Account, Lab
 
@@ -36,22 +27,13 @@ def checksum(data: bytes) -> int:
     return ~total & 0xFFFF
 
 
-def packet(
-    protocol: int,
-    source: bytes,
-    target: bytes,
-    ports: tuple[int, int],
-    payload: bytes = b"hello",
-) -> bytes:
+def packet(protocol: int, source: bytes, target: bytes, ports: tuple[int, int], payload: bytes = b"hello") -> bytes:
     """An IPv4 packet with right checksums; a ping has its number in place of ports."""
     pseudo = source + target + struct.pack("!BBH", 0, protocol, 0)
     if protocol == UDP:
         body, at = struct.pack("!4H", *ports, 8 + len(payload), 0) + payload, 6
     elif protocol == TCP:
-        body, at = (
-            struct.pack("!2H2I4H", *ports, 1, 2, 0x5010, 1000, 0, 0) + payload,
-            16,
-        )
+        body, at = (struct.pack("!2H2I4H", *ports, 1, 2, 0x5010, 1000, 0, 0) + payload, 16)
     else:
         body, at, pseudo = struct.pack("!BBHHH", 8, 0, 0, ports[0], 1) + payload, 2, b""
     if pseudo:
@@ -72,23 +54,9 @@ ports = st.tuples(st.integers(1, 65535), st.integers(1, 65535))
 addresses = st.binary(min_size=4, max_size=4)
 
 
-@given(
-    st.sampled_from([TCP, UDP, ICMP]),
-    addresses,
-    addresses,
-    ports,
-    st.binary(max_size=9),
-    addresses,
-    ports,
-)
+@given(st.sampled_from([TCP, UDP, ICMP]), addresses, addresses, ports, st.binary(max_size=9), addresses, ports)
 def test_checksums_fit_after_any_rewriting(
-    protocol: int,
-    source: bytes,
-    target: bytes,
-    old: tuple[int, int],
-    payload: bytes,
-    new: bytes,
-    to: tuple[int, int],
+    protocol: int, source: bytes, target: bytes, old: tuple[int, int], payload: bytes, new: bytes, to: tuple[int, int]
 ) -> None:
     original = packet(protocol, source, target, old, payload)
     assert is_right(original)
@@ -117,16 +85,10 @@ def test_an_answer_comes_in_through_nat_and_a_stranger_does_not(protocol: int) -
     router = nat()
     sent = router.send(packet(protocol, SITE, PEER, (5000, 6000)), now=0.0)
     assert sent is not None
-    assert (addresses_of(sent), ports_of(sent)) == (
-        (ROUTER, PEER),
-        (protocol, 30000, 6000),
-    )
+    assert (addresses_of(sent), ports_of(sent)) == ((ROUTER, PEER), (protocol, 30000, 6000))
     answer = router.receive(packet(protocol, PEER, ROUTER, (6000, 30000)), now=1.0)
     assert answer is not None
-    assert (addresses_of(answer), ports_of(answer)) == (
-        (PEER, SITE),
-        (protocol, 6000, 5000),
-    )
+    assert (addresses_of(answer), ports_of(answer)) == ((PEER, SITE), (protocol, 6000, 5000))
     assert router.receive(packet(protocol, OTHER, ROUTER, (6000, 30000)), now=1.0) is None  # another host
     assert router.receive(packet(protocol, PEER, ROUTER, (6001, 30000)), now=1.0) is None  # another port of it
     assert router.receive(packet(protocol, PEER, ROUTER, (6000, 5000)), now=1.0) is None  # the inner port
@@ -158,10 +120,7 @@ def test_the_forwarded_port_is_open_to_everybody_and_answers_from_itself() -> No
     assert (addresses_of(knock), ports_of(knock)) == ((OTHER, SITE), (TCP, 40000, 22))
     answer = router.send(packet(TCP, SITE, OTHER, (22, 40000)), now=0.0)
     assert answer is not None
-    assert (addresses_of(answer), ports_of(answer)) == (
-        (ROUTER, OTHER),
-        (TCP, 22, 40000),
-    )
+    assert (addresses_of(answer), ports_of(answer)) == ((ROUTER, OTHER), (TCP, 22, 40000))
 
 
 def test_fragments_and_foreign_sources_do_not_pass_nat() -> None:
@@ -178,13 +137,7 @@ def test_a_line_is_busy_for_as_long_as_its_rate_says() -> None:
     assert line.admit(1000, now=6.0, draw=1.0) == pytest.approx(6.021)
 
 
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 1500), st.floats(0, 1), st.floats(0, 0.01)),
-        max_size=300,
-    ),
-    st.floats(0, 1),
-)
+@given(st.lists(st.tuples(st.integers(1, 1500), st.floats(0, 1), st.floats(0, 0.01)), max_size=300), st.floats(0, 1))
 def test_every_packet_is_counted_once_as_delivered_or_dropped_or_on_its_way(
     packets: list[tuple[int, float, float]], loss: float
 ) -> None:
@@ -236,10 +189,5 @@ def test_the_router_s_answer_for_an_unknown_target_quotes_the_packet() -> None:
 
 
 def test_a_lab_survives_its_way_to_another_process() -> None:
-    lab = Lab(
-        name="x",
-        accounts=(Account(name="mesh", uid=2000, gid=2000),),
-        delay_seconds=0.01,
-        shared="/a b",
-    )
+    lab = Lab(name="x", accounts=(Account(name="mesh", uid=2000, gid=2000),), delay_seconds=0.01, shared="/a b")
     assert Lab.from_json(lab.to_json()) == lab

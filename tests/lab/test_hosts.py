@@ -30,11 +30,7 @@ def test_the_client_reaches_every_site_by_ssh_without_a_question(
 
 
 def test_sites_do_not_let_each_other_in(lab: RunningLab) -> None:
-    options = (
-        "-oBatchMode=yes",
-        "-oStrictHostKeyChecking=no",
-        "-oUserKnownHostsFile=/dev/null",
-    )
+    options = ("-oBatchMode=yes", "-oStrictHostKeyChecking=no", "-oUserKnownHostsFile=/dev/null")
     done = lab.run("ecmwf", "ssh", *options, "10.8.0.2", check=False)
     assert done.returncode == 255
     assert "Permission denied" in done.stderr
@@ -42,22 +38,13 @@ def test_sites_do_not_let_each_other_in(lab: RunningLab) -> None:
 
 def test_a_site_s_data_is_seen_by_this_site_only(lab: RunningLab) -> None:
     lab.run("ecmwf", "sh", "-c", "echo forecast > /data/ecmwf/field")
-    assert lab.run("ecmwf", "find", "/data").stdout.split() == [
-        "/data",
-        "/data/ecmwf",
-        "/data/ecmwf/field",
-    ]
-    assert lab.run("eumetsat", "find", "/data").stdout.split() == [
-        "/data",
-        "/data/eumetsat",
-    ]
+    assert lab.run("ecmwf", "find", "/data").stdout.split() == ["/data", "/data/ecmwf", "/data/ecmwf/field"]
+    assert lab.run("eumetsat", "find", "/data").stdout.split() == ["/data", "/data/eumetsat"]
     assert lab.run("client", "find", "/data").stdout.split() == ["/data"]
     assert not Path("/data/ecmwf").exists()
 
 
-def test_what_a_host_writes_reaches_neither_the_machine_nor_other_hosts(
-    lab: RunningLab,
-) -> None:
+def test_what_a_host_writes_reaches_neither_the_machine_nor_other_hosts(lab: RunningLab) -> None:
     for folder in ("/etc", "/usr/local", "/root", "/run", "/tmp", "/dev/shm"):
         file = f"{folder}/written-by-a-lab-host"
         lab.run("ecmwf", "touch", file)
@@ -80,9 +67,7 @@ def test_accounts_are_the_hosts_and_not_the_machine_s(lab: RunningLab) -> None:
     assert not {entry.pw_name for entry in pwd.getpwall()} & set(accounts)
 
 
-def test_accounts_of_hosts_can_run_this_python_wherever_it_lies(
-    lab: RunningLab,
-) -> None:
+def test_accounts_of_hosts_can_run_this_python_wherever_it_lies(lab: RunningLab) -> None:
     mode = Path("/root").stat().st_mode
     script = "import sys, meshcompute; print(sys.version)"
     assert lab.run("client", sys.executable, "-c", script, user="mesh").stdout == sys.version + "\n"
@@ -115,22 +100,10 @@ def test_a_command_keeps_its_folder_where_the_host_has_it(
 def test_a_command_ends_with_the_process_that_started_it(lab: RunningLab) -> None:
     script = "import sys; from meshcompute.lab.running import *; RunningLab(sys.argv[1]).run('ecmwf', 'sleep', '321')"
     starter = subprocess.Popen([sys.executable, "-c", script, lab.name])
-    lab.run(
-        "ecmwf",
-        "sh",
-        "-c",
-        "until grep -qx sleep /proc/[0-9]*/comm; do :; done",
-        timeout=20,
-    )
+    lab.run("ecmwf", "sh", "-c", "until grep -qx sleep /proc/[0-9]*/comm; do :; done", timeout=20)
     starter.kill()
     starter.wait()
-    lab.run(
-        "ecmwf",
-        "sh",
-        "-c",
-        "while grep -qsx sleep /proc/[0-9]*/comm; do :; done",
-        timeout=20,
-    )
+    lab.run("ecmwf", "sh", "-c", "while grep -qsx sleep /proc/[0-9]*/comm; do :; done", timeout=20)
 
 
 def test_an_unknown_host_is_named_with_those_that_exist(lab: RunningLab) -> None:

@@ -23,11 +23,7 @@ from meshcompute.lab.starting import check_machine, find_accounts, start_lab
 from meshcompute.lab.topology import Lab
 
 Note = Callable[[RunningLab], None]
-COMMAND = (
-    sys.executable,
-    "-c",
-    "from meshcompute.lab.cli import lab; lab(prog_name='meshcompute lab')",
-)
+COMMAND = (sys.executable, "-c", "from meshcompute.lab.cli import lab; lab(prog_name='meshcompute lab')")
 
 
 @contextmanager
@@ -48,10 +44,7 @@ def lab_run(name: str, *command: str, **options: object) -> Iterator[subprocess.
 def busy(lab: RunningLab) -> Iterator[None]:
     """Sessions with processes in the foreground and in the background, which must end by themselves."""
     sleeps = "setsid sleep 1000 & sleep 1000"
-    sessions = [
-        lab.popen("ecmwf", "sh", "-c", sleeps),
-        lab.popen("client", "ssh", "ecmwf", sleeps),
-    ]
+    sessions = [lab.popen("ecmwf", "sh", "-c", sleeps), lab.popen("client", "ssh", "ecmwf", sleeps)]
     counted = "until [ $(grep -xl sleep /proc/[0-9]*/comm 2>/dev/null | wc -l) -ge 4 ]; do :; done"
     lab.run("ecmwf", "sh", "-c", counted)
     yield
@@ -75,10 +68,7 @@ def test_down_leaves_nothing(start: Callable[..., RunningLab], expect_nothing_le
         forwarding = subprocess.Popen(forwarder, pass_fds=[listener.fileno()])
         lab.stop()
         forwarding.wait(20)
-    with pytest.raises(
-        LabStateError,
-        match=f"No lab '{lab.name}' is up on this machine. Start it: meshcompute lab up",
-    ):
+    with pytest.raises(LabStateError, match=f"No lab '{lab.name}' is up on this machine. Start it: meshcompute lab up"):
         lab.status()
 
 
@@ -101,44 +91,18 @@ def test_kill_9_with_engines_and_containers_leaves_nothing(
     lab = start(engine=True)
     expect_nothing_left(lab)
     # The machine's own sleep with its libraries is an image that needs no registry.
-    lab.run(
-        "ecmwf",
-        "sh",
-        "-c",
-        "tar ch /bin/sleep $(ldd /bin/sleep | grep -o '/[^ ]*') | docker import - tiny",
-    )
-    lab.run(
-        "ecmwf",
-        "docker",
-        "run",
-        "--detach",
-        "--network",
-        "none",
-        "tiny",
-        "/bin/sleep",
-        "1000",
-    )
+    lab.run("ecmwf", "sh", "-c", "tar ch /bin/sleep $(ldd /bin/sleep | grep -o '/[^ ]*') | docker import - tiny")
+    lab.run("ecmwf", "docker", "run", "--detach", "--network", "none", "tiny", "/bin/sleep", "1000")
     assert lab.run("ecmwf", "docker", "ps", "--quiet").stdout
     assert [path for path in Path("/sys/fs/cgroup").glob(f"**/meshcompute-lab/{lab.name}/ecmwf/*") if path.is_dir()]
     os.kill(lab.status().supervisor_pid, signal.SIGKILL)
 
 
 def test_run_passes_the_exit_code_and_output_on_and_leaves_nothing(
-    can_have_lab: None,
-    command: Callable[..., subprocess.CompletedProcess[str]],
-    tmp_path: Path,
+    can_have_lab: None, command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     name = name_of_mine()
-    done = command(
-        "run",
-        "--name",
-        name,
-        "--no-engine",
-        "--",
-        "sh",
-        "-c",
-        "ssh eumetsat hostname; exit 9",
-    )
+    done = command("run", "--name", name, "--no-engine", "--", "sh", "-c", "ssh eumetsat hostname; exit 9")
     assert (done.returncode, done.stdout) == (9, "eumetsat\n")
     assert "ecmwf is up at 10.8.0.4" in done.stderr
     assert done.stderr.endswith("the lab is down\n")
@@ -151,16 +115,7 @@ def test_what_run_s_command_writes_in_the_current_folder_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    command(
-        "run",
-        "--name",
-        name_of_mine(),
-        "--no-engine",
-        "--",
-        "sh",
-        "-c",
-        "echo 42 > result; echo 43 > /etc/result",
-    )
+    command("run", "--name", name_of_mine(), "--no-engine", "--", "sh", "-c", "echo 42 > result; echo 43 > /etc/result")
     assert (tmp_path / "result").read_text() == "42\n"
     assert not Path("/etc/result").exists()
 
@@ -181,9 +136,7 @@ def test_a_signal_to_run_ends_the_lab_and_leaves_nothing(
         assert process.returncode == 128 + number
 
 
-def test_a_second_lab_of_the_same_name_is_refused_and_another_one_is_not(
-    start: Callable[..., RunningLab],
-) -> None:
+def test_a_second_lab_of_the_same_name_is_refused_and_another_one_is_not(start: Callable[..., RunningLab]) -> None:
     first = start()
     with pytest.raises(LabStateError, match=f"The lab '{first.name}' is up already. End it"):
         start(name=first.name)
@@ -203,28 +156,18 @@ def test_a_host_that_cannot_start_is_named_with_its_log_and_nothing_stays(can_ha
         RunningLab(name).status()
 
 
-def test_what_is_missing_is_named_with_the_package_that_brings_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_is_missing_is_named_with_the_package_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Lab(name="x", accounts=())
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(LabMissingError, match="needs root"):
         check_machine(wanted)
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    monkeypatch.setattr(
-        "shutil.which",
-        lambda program, path=None: None if program in {"tini", "sshd"} else program,
-    )
-    with pytest.raises(
-        LabMissingError,
-        match=r"sshd, tini, not found .*apt-get install openssh-server tini",
-    ):
+    monkeypatch.setattr("shutil.which", lambda program, path=None: None if program in {"tini", "sshd"} else program)
+    with pytest.raises(LabMissingError, match=r"sshd, tini, not found .*apt-get install openssh-server tini"):
         check_machine(wanted)
 
 
-def test_cgroups_that_a_killed_guardian_left_are_swept_by_the_next_up(
-    start: Callable[..., RunningLab],
-) -> None:
+def test_cgroups_that_a_killed_guardian_left_are_swept_by_the_next_up(start: Callable[..., RunningLab]) -> None:
     controllers = [parent for parent in Path("/sys/fs/cgroup").glob("*/") if os.access(parent / "tasks", os.W_OK)]
     name = name_of_mine()
     left = [controller / "meshcompute-lab" / name / "ecmwf/0123" for controller in controllers]

@@ -73,32 +73,15 @@ def serving(lab: RunningLab, host: str, script: str) -> Iterator[subprocess.Pope
 
 
 def call(
-    lab: RunningLab,
-    host: str,
-    address: str,
-    count: int,
-    nbytes: int = 10,
-    timeout: float = 10,
+    lab: RunningLab, host: str, address: str, count: int, nbytes: int = 10, timeout: float = 10
 ) -> tuple[int, float]:
     """Send datagrams and wait for the answer of each."""
-    done = lab.run(
-        host,
-        sys.executable,
-        "-c",
-        CALL,
-        address,
-        "7007",
-        str(count),
-        str(nbytes),
-        str(timeout),
-    )
+    done = lab.run(host, sys.executable, "-c", CALL, address, "7007", str(count), str(nbytes), str(timeout))
     answers, fastest = done.stdout.split()
     return int(answers), float(fastest)
 
 
-def test_packets_and_bytes_are_counted_exactly_per_ordered_pair(
-    lab: RunningLab,
-) -> None:
+def test_packets_and_bytes_are_counted_exactly_per_ordered_pair(lab: RunningLab) -> None:
     with serving(lab, "ecmwf", ECHO):
         before = lab.links()
         assert call(lab, "client", "10.8.0.4", 50, nbytes=972)[0] == 50
@@ -115,14 +98,7 @@ def test_packets_and_bytes_are_counted_exactly_per_ordered_pair(
 def test_counters_equal_those_of_the_hosts_kernels(lab: RunningLab) -> None:
     lab.run("client", "ssh", "ecmwf", "head -c 3000000 /dev/zero | sha256sum")
     lab.run("client", "ssh", "ecmwf", "cat /proc/cpuinfo")
-    lab.run(
-        "ecmwf",
-        "sh",
-        "-c",
-        "until ! grep -q ' 01 ' /proc/net/tcp; do :; done",
-        check=False,
-        timeout=5,
-    )
+    lab.run("ecmwf", "sh", "-c", "until ! grep -q ' 01 ' /proc/net/tcp; do :; done", check=False, timeout=5)
     links = lab.links()
     for host in ("client", "ecmwf", "eumetsat"):
         counted = {
@@ -135,9 +111,7 @@ def test_counters_equal_those_of_the_hosts_kernels(lab: RunningLab) -> None:
             assert int(lab.run(host, "cat", f"/sys/class/net/uplink/statistics/{name}").stdout) == value, (host, name)
 
 
-def test_a_delay_is_added_in_each_direction_and_can_be_changed_while_it_runs(
-    lab: RunningLab,
-) -> None:
+def test_a_delay_is_added_in_each_direction_and_can_be_changed_while_it_runs(lab: RunningLab) -> None:
     with serving(lab, "ecmwf", ECHO):
         assert call(lab, "client", "10.8.0.4", 5)[1] < 0.02
         lab.shape(delay_seconds=0.02)
@@ -179,15 +153,7 @@ def test_a_partition_cuts_one_pair_only_until_it_is_joined(lab: RunningLab) -> N
 
 
 def test_a_connection_survives_a_short_partition(lab: RunningLab) -> None:
-    session = lab.popen(
-        "client",
-        "ssh",
-        "ecmwf",
-        "cat",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    session = lab.popen("client", "ssh", "ecmwf", "cat", stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert session.stdin is not None
     assert session.stdout is not None
     session.stdin.write("before\n")
@@ -204,9 +170,7 @@ def test_a_connection_survives_a_short_partition(lab: RunningLab) -> None:
     assert session.returncode == 0
 
 
-def test_a_site_behind_nat_has_a_private_address_and_lets_only_answers_in(
-    lab: RunningLab,
-) -> None:
+def test_a_site_behind_nat_has_a_private_address_and_lets_only_answers_in(lab: RunningLab) -> None:
     lab.set_nat("eumetsat", True)
     assert lab.status().hosts_with_nat == ["eumetsat"]
     assert "192.168.2.2" in lab.run("eumetsat", "ip", "-4", "address", "show", "uplink").stdout
@@ -226,15 +190,7 @@ def test_a_site_behind_nat_has_a_private_address_and_lets_only_answers_in(
 
 
 def test_an_address_that_nobody_has_is_refused_at_once(lab: RunningLab) -> None:
-    done = lab.run(
-        "client",
-        "ssh",
-        "-oBatchMode=yes",
-        "-oConnectTimeout=20",
-        "10.8.0.77",
-        check=False,
-        timeout=10,
-    )
+    done = lab.run("client", "ssh", "-oBatchMode=yes", "-oConnectTimeout=20", "10.8.0.77", check=False, timeout=10)
     assert "No route to host" in done.stderr
 
 
@@ -269,20 +225,7 @@ def test_a_wrong_wish_is_refused_and_changes_nothing(lab: RunningLab) -> None:
 def test_the_command_line_changes_the_wan_and_shows_it(
     lab: RunningLab, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    assert (
-        command(
-            "wan",
-            "--name",
-            lab.name,
-            "--rate",
-            "30",
-            "--delay",
-            "10",
-            "client",
-            "ecmwf",
-        ).returncode
-        == 0
-    )
+    assert command("wan", "--name", lab.name, "--rate", "30", "--delay", "10", "client", "ecmwf").returncode == 0
     shown = command("status", "--name", lab.name).stdout
     assert "client → ecmwf      30 Mbit/s, 10 ms, loss 0" in shown
     assert "ecmwf → client     30 Mbit/s, 10 ms, loss 0" in shown
