@@ -74,10 +74,10 @@ class Namespace:
 class Host(Namespace):
     """A host with a daemon."""
 
-    def __init__(self, number, kind, folder, instance=INSTANCE):
+    def __init__(self, number, kind, folder, wrapper=()):
         super().__init__()
         self.run("mount", "-t", "tmpfs", "run", "/run")  # nobody else's files come and go there
-        self.number, self.kind, self.instance = number, kind, f"{instance}-{number}"
+        self.number, self.kind, self.instance, self.wrapper = number, kind, f"{INSTANCE}-{number}", wrapper
         self.folder, self.begun = folder, int(time.time())
         self.log = folder / f"host{number}.log"
         self.start_daemon()
@@ -85,7 +85,7 @@ class Host(Namespace):
     def start_daemon(self):
         with self.log.open("a") as log:
             self.daemon = subprocess.Popen(
-                self.command(sys.executable, str(DRIVER), self.kind, self.instance),
+                self.command(*self.wrapper, sys.executable, str(DRIVER), self.kind, self.instance),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -293,7 +293,7 @@ class LocalHost(Host):
 
     def __init__(self, number, kind, folder):
         self.number, self.kind, self.instance, self.pid = number, kind, f"{INSTANCE}-{number}", os.getpid()
-        self.path = "/proc/self/ns/net"
+        self.path, self.wrapper = "/proc/self/ns/net", ()
         self.folder, self.log = folder, folder / "host.log"
         self.start_daemon()
 

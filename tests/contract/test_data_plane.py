@@ -373,3 +373,24 @@ def test_a_stranger_who_took_a_gateways_name_is_named_and_harms_nothing(hosts):
             process.kill()
     assert host.ensure(config)["public_key"] is not None
     host.call("remove", cluster_id=config.cluster_id)
+
+
+def test_a_gateway_needs_four_capabilities_and_no_more(wireguard, tmp_path):
+    # SYS_CHROOT enters the mounts in which WireGuard's control sockets lie, SYS_PTRACE a worker of another account.
+    needed = "-all,+net_admin,+sys_admin,+sys_chroot,+sys_ptrace"
+    host = Host(7, wireguard, tmp_path, wrapper=("setpriv", "--bounding-set", needed, "--no-new-privs"))
+    config = GatewayConfig(cluster_id=uuid.uuid4().hex, prefix=random_prefix(), site=1, deadline_seconds=20)
+    worker = ["unshare", "--net", "setpriv", "--reuid", "65534", "--clear-groups", "sh", "-c", "echo; exec sleep 60"]
+    with subprocess.Popen(worker, stdout=subprocess.PIPE) as process:
+        try:
+            process.stdout.readline()
+            host.ensure(config)
+            for node, link in ((11, "veth"), (12, "wireguard")):
+                address = address_of(config.prefix, 1, node)
+                place = {"netns": f"/proc/{process.pid}/ns/net", "address": address, "interface": f"mesh{node}"}
+                host.call("attach", cluster_id=config.cluster_id, link=link, **place)
+            host.call("remove", cluster_id=config.cluster_id)
+            assert host.call("observe") == {}
+        finally:
+            process.kill()
+            host.close()
