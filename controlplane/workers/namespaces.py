@@ -83,10 +83,11 @@ def wrap(
     if user is not None:
         uid, gid, groups = user
         further = ["--groups", ",".join(map(str, groups))] if groups else ["--clear-groups"]
-        drop += ["--reuid", str(uid), "--regid", str(gid), *further, "--inh-caps=-all", "--bounding-set=-all"]
-    wrapped = ["setpriv", "--no-new-privs", *drop, *command]
+        drop += ["--reuid", str(uid), "--regid", str(gid), *further, "--inh-caps=-all"]
     if namespace is None:
-        return wrapped
+        return ["setpriv", "--no-new-privs", *drop, *command]
+    # A change of the user would clear the signal that unshare's end sends.
+    wrapped = ["setpriv", "--no-new-privs", *drop, "--pdeathsig", "keep", *command]
     lines = [
         f"{shlex.join(['mount', '--bind', source, target])}; {_read_only(target)}" for source, target in views.items()
     ]

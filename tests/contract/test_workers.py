@@ -226,6 +226,18 @@ def test_units_outlive_a_daemon_that_is_killed_but_not_their_lease(bench):
 
 
 @only_process
+def test_what_is_inside_dies_with_the_process_that_stands_for_the_unit(bench):
+    spec = bench.spec("beheaded", processes=(4,))
+    state = bench.do(bench.runtime.start(spec))
+    bench.wait(lambda: bench.pids(*spec.process_names), "the worker's process")
+    os.kill(state.pid, signal.SIGKILL)
+    bench.wait(lambda: not bench.pids(*spec.process_names), "the end of the worker")
+    assert bench.do(bench.runtime.observe())[spec.name].state == "exited"
+    bench.do(bench.runtime.stop(spec.name, 1))
+    assert bench.leftovers(spec.name) == []
+
+
+@only_process
 def test_a_process_sees_nothing_in_the_folders_of_other_sites(bench, unit):
     bench.wait_for_workers(unit.process_names[0])
     hidden = bench.hidden
