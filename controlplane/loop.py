@@ -25,9 +25,11 @@ from controlplane.reconcile import (
     Forget,
     Memory,
     Observed,
+    Problem,
     RemoveGateway,
     RenewGateway,
     RenewUnit,
+    Report,
     StartUnit,
     Step,
     StopUnit,
@@ -38,7 +40,7 @@ from controlplane.reconcile import (
 from controlplane.workers.base import WorkerRuntime, WorkerState
 from controlplane.workqueue import WorkQueue
 
-__all__ = ["Loop", "Problem", "Report", "Wishes"]
+__all__ = ["Loop", "Wishes"]
 
 logger = logging.getLogger(__name__)
 
@@ -79,24 +81,6 @@ class Wishes(Protocol):
     def next_deadline(self) -> float | None:
         """When the next lease ends."""
         ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """A step that failed: ``kind`` is the condition that it belongs to."""
-
-    kind: str
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
-    """What the last look at a cluster has found."""
-
-    observed: Observed
-    problems: tuple[Problem, ...] = ()
-    is_settled: bool = False
 
 
 @dataclass(slots=True)

@@ -24,9 +24,11 @@ __all__ = [
     "Forget",
     "Memory",
     "Observed",
+    "Problem",
     "RemoveGateway",
     "RenewGateway",
     "RenewUnit",
+    "Report",
     "StartUnit",
     "Step",
     "StopUnit",
@@ -166,6 +168,24 @@ class Memory:
     deadline_by_unit: Mapping[str, float] = field(default_factory=dict)
     fingerprint_by_unit: Mapping[str, str] = field(default_factory=dict)
     starts_by_unit: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A step that failed: ``kind`` is the condition that it belongs to."""
+
+    kind: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What the last look at a cluster has found."""
+
+    observed: Observed
+    problems: tuple[Problem, ...] = ()
+    is_settled: bool = False
 
 
 def retry_seconds(failures: int) -> float:

@@ -11,8 +11,8 @@ from typing import Literal
 from controlplane.config import SiteConfig
 from controlplane.desired import DesiredCluster, desired_cluster, scheduler_addresses
 from controlplane.leases import Tombstone
-from controlplane.loop import Problem, Report
 from controlplane.network.topology import GATEWAY_NODE, GatewayState, address_of
+from controlplane.reconcile import Problem, Report
 from controlplane.state import ClusterRecord
 from controlplane.workers.base import WorkerSpec, WorkerState
 from meshcompute.protocol import ClusterStatus, Condition, PeerStatus, SchedulerStatus, WorkerStatus

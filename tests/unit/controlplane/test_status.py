@@ -6,9 +6,8 @@ from controlbench import ID, KEYS, config, mesh_config, record, scheduler_spec, 
 
 from controlplane.desired import desired_cluster
 from controlplane.leases import Tombstone
-from controlplane.loop import Problem, Report
 from controlplane.network.topology import GatewayState, PeerState
-from controlplane.reconcile import Observed
+from controlplane.reconcile import Observed, Problem, Report
 from controlplane.status import gone_status, status_of
 from controlplane.workers.base import WorkerState
 
