@@ -229,7 +229,7 @@ class Cluster:
 
 
 def ping(source, target):
-    return source.succeeds("ping", "-6", "-n", "-c", "1", "-W", "1", target)
+    return source.succeeds("ping", "-6", "-n", "-c", "1", "-W", "2", target)
 
 
 def connects(source, target, port):

@@ -40,8 +40,8 @@ def test_wireguard_go_killed_is_mended_with_the_same_key_and_no_connection_lost(
         assert exchange() == "True\n"
         pid = host.wireguard_pids()[name]
         os.kill(pid, signal.SIGKILL)
-        wait_for("another wireguard-go", lambda: host.wireguard_pids().get(name, pid) != pid, seconds=5)
-        wait_for("a packet between the sites", cluster.pings, seconds=5)
+        wait_for("another wireguard-go", lambda: host.wireguard_pids().get(name, pid) != pid, seconds=15)
+        wait_for("a packet between the sites", cluster.pings, seconds=10)
         assert exchange() == "True\n", "the connection is the same"
     after = cluster.state(site)
     assert (after["public_key"], after["listen_port"]) == (before["public_key"], before["listen_port"])
@@ -62,7 +62,7 @@ def test_a_keeper_killed_is_mended_with_the_same_key_and_its_workers(cluster):
     with listener(cluster.workers[2]) as port, conversation(cluster.workers[1], cluster.addresses[2], port) as exchange:
         assert exchange() == "True\n"
         os.kill(keeper, signal.SIGKILL)
-        wait_for("another keeper", lambda: set(host.keepers()) - {keeper}, seconds=5)
+        wait_for("another keeper", lambda: set(host.keepers()) - {keeper}, seconds=15)
         wait_for("a packet between the sites", cluster.pings, seconds=10)
         assert exchange() == "True\n", "the connection is the same"
     assert cluster.state(1)["public_key"] == before["public_key"]
@@ -84,8 +84,8 @@ def test_a_daemon_killed_leaves_the_gateway_and_the_next_one_adopts_it(cluster, 
         assert exchange() == "True\n"
     if wireguard == "userspace":
         os.kill(pids[name], signal.SIGKILL)
-        wait_for("another wireguard-go", lambda: host.wireguard_pids().get(name, pids[name]) != pids[name], seconds=5)
-        wait_for("a packet between the sites", cluster.pings, seconds=5)
+        wait_for("another wireguard-go", lambda: host.wireguard_pids().get(name, pids[name]) != pids[name], seconds=15)
+        wait_for("a packet between the sites", cluster.pings, seconds=10)
         assert cluster.state(1)["public_key"] == before["public_key"], "read back from the interface"
 
 
@@ -93,7 +93,7 @@ def test_a_worker_can_be_joined_by_wireguard_of_its_own_and_is_mended_likewise(c
     host, worker = cluster.hosts[1], Namespace()
     try:
         address = host.attach(cluster.configs[1], worker, 12, link="wireguard")
-        wait_for("a packet from site to site", lambda: ping(worker, cluster.addresses[2]), seconds=5)
+        wait_for("a packet from site to site", lambda: ping(worker, cluster.addresses[2]), seconds=10)
         assert ping(cluster.workers[1], address), "a worker of the same site, joined by a veth"
         assert ping(cluster.workers[2], address)
         assert "wireguard" in worker.run("ip", "-d", "link", "show", "mesh0") or wireguard == "userspace"
@@ -108,7 +108,7 @@ def test_a_worker_can_be_joined_by_wireguard_of_its_own_and_is_mended_likewise(c
                 if cluster.cluster_id[:8] in name:
                     os.kill(pid, signal.SIGKILL)
                     wait_for("another process", lambda name=name, pid=pid: host.wireguard_pids().get(name, pid) != pid)
-                    wait_for("a packet after that", lambda: ping(worker, cluster.addresses[2]), seconds=8)
+                    wait_for("a packet after that", lambda: ping(worker, cluster.addresses[2]), seconds=10)
         host.call("detach", cluster_id=cluster.cluster_id, address=address)
         assert "mesh0" not in worker.run("ip", "link")
         assert not any(name.startswith("mw") for name in host.wireguard_pids())
@@ -195,8 +195,8 @@ def test_nothing_is_left_after_the_deadline_whatever_was_killed(hosts, wireguard
         for victim in victims:
             for pid in pids[victim]:
                 os.kill(pid, signal.SIGKILL)
-        wait_for("the end of everything", lambda: everything_of(host) == before, seconds=5)
-        wait_for("the end of the worker's link", lambda: "mesh0" not in worker.run("ip", "link"), seconds=2)
+        wait_for("the end of everything", lambda: everything_of(host) == before, seconds=8)
+        wait_for("the end of the worker's link", lambda: "mesh0" not in worker.run("ip", "link"), seconds=5)
         assert not is_used(namespace)
     finally:
         worker.close()
