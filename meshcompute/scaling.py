@@ -14,6 +14,7 @@ from meshcompute.errors import MeshError
 
 __all__ = ["ScalingError", "SiteLoad", "adapted_containers", "containers_for", "share_workers"]
 
+BUSY_LOOKS = 2  # a worker is busy for a moment with anything
 IDLE_LOOKS = 3  # a pause between two computations must not cost a site its workers
 
 
@@ -23,13 +24,18 @@ class ScalingError(MeshError, ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteLoad:
-    """What a site's workers do now; ``n_idle_looks`` counts how often in a row nobody did anything."""
+    """What a site's workers do now, and how often in a row they were seen idle, or all busy with more waiting.
+
+    ``n_waiting`` are tasks that workers hold. The scheduler gives a worker few more than it has threads and keeps the
+    rest, so any that wait where all threads are busy mean that there is more.
+    """
 
     containers: int
     n_threads: int
     n_executing: int
     n_waiting: int
     n_idle_looks: int = 0
+    n_busy_looks: int = 0
 
 
 def share_workers(total: int, pools: Mapping[int, str]) -> dict[int, int]:
@@ -102,10 +108,10 @@ def adapted_containers(load: SiteLoad, *, minimum: int, maximum: int) -> int:
     Returns
     -------
     int
-        Twice as many while more tasks wait than there are threads; one fewer after three looks at idle workers.
+        Twice as many after two looks at busy workers with tasks that wait; one fewer after three at idle ones.
     """
     wanted = load.containers
-    if load.n_executing >= load.n_threads and load.n_waiting > load.n_threads:
+    if load.n_busy_looks >= BUSY_LOOKS:
         wanted = 2 * load.containers
     elif load.n_idle_looks >= IDLE_LOOKS:
         wanted = load.containers - 1

@@ -102,27 +102,32 @@ class Scaler:
         self._say(f"{self._mesh.name_of(site)}: {containers * each} workers")
 
     async def _adapt(self, site: int, minimum: int, maximum: int, interval_seconds: float) -> None:
-        n_idle_looks = 0
+        before: SiteLoad | None = None
         while True:
             try:
-                load = await self._load(site, n_idle_looks)
-                n_idle_looks = load.n_idle_looks
+                before = load = await self._load(site, before)
                 await self._set(site, adapted_containers(load, minimum=minimum, maximum=maximum))
             except (SiteError, OSError) as exc:
                 logger.warning("cannot adapt site=%s error=%s", self._mesh.name_of(site), exc)
             await asyncio.sleep(interval_seconds)
 
-    async def _load(self, site: int, n_idle_looks: int) -> SiteLoad:
+    async def _load(self, site: int, before: SiteLoad | None) -> SiteLoad:
         names = {worker.name for worker in self._mesh.statuses[site].workers}
         known = await self._cluster.scheduler_comm.identity(n_workers=-1)
         workers = [worker for worker in known["workers"].values() if worker["name"] in names]
         counts = [worker["metrics"].get("task_counts", {}) for worker in workers]
         n_executing = sum(count.get("executing", 0) for count in counts)
         n_waiting = sum(count.get("ready", 0) + count.get("constrained", 0) for count in counts)
+        n_threads = sum(worker["nthreads"] for worker in workers)
+        containers = self._mesh.plan.workers[site].containers
+        if before is not None and before.containers != containers:
+            before = None  # it was scaled: what was seen before counts no more
+        is_busy = n_threads > 0 and n_executing >= n_threads and n_waiting > 0
         return SiteLoad(
-            containers=self._mesh.plan.workers[site].containers,
-            n_threads=sum(worker["nthreads"] for worker in workers),
+            containers=containers,
+            n_threads=n_threads,
             n_executing=n_executing,
             n_waiting=n_waiting,
-            n_idle_looks=0 if n_executing or n_waiting else n_idle_looks + 1,
+            n_idle_looks=0 if n_executing or n_waiting else 1 + (before.n_idle_looks if before else 0),
+            n_busy_looks=1 + (before.n_busy_looks if before else 0) if is_busy else 0,
         )

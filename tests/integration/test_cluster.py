@@ -159,6 +159,22 @@ def test_one_call_makes_a_cluster_and_closing_it_leaves_nothing(world):
     cluster.close()  # again: nothing happens
 
 
+def _wait_for_file(path):
+    while not os.path.exists(path):  # noqa: PTH110 (runs where only the standard library is sure)
+        time.sleep(0.05)
+
+
+def test_a_site_grows_while_its_workers_are_busy_and_shrinks_when_they_are_idle(world, tmp_path):
+    with world.cluster([world.sites[0]], workers=ONE) as cluster, Client(cluster) as client:
+        cluster.adapt(maximum=2, interval_seconds=0.3)
+        work = client.map(_wait_for_file, [str(tmp_path / "done")] * 6, pure=False)
+        _wait_until(lambda: cluster.observed == {"ecmwf-1-0", "ecmwf-1-1"})
+        (tmp_path / "done").touch()
+        client.gather(work)
+        _wait_until(lambda: cluster.observed == {"ecmwf-1-0"})
+    assert world.left() == []
+
+
 def _wait_until(is_so, timeout_seconds=30):
     deadline = time.monotonic() + timeout_seconds
     while not is_so():

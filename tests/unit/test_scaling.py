@@ -26,22 +26,21 @@ def test_workers_come_in_whole_containers():
         containers_for(0, 4)
 
 
-def load(containers=2, executing=0, waiting=0, idle=0):
+def load(containers=2, busy=0, idle=0):
     return SiteLoad(
-        containers=containers, n_threads=4 * containers, n_executing=executing, n_waiting=waiting, n_idle_looks=idle
+        containers=containers, n_threads=4, n_executing=4, n_waiting=1, n_busy_looks=busy, n_idle_looks=idle
     )
 
 
 @pytest.mark.parametrize(
     ("now", "wanted"),
     [
-        (load(executing=8, waiting=9), 4),
-        (load(executing=8, waiting=8), 2),  # what waits is done in one more round
-        (load(executing=7, waiting=99), 2),  # somebody is free: more workers would not help
+        (load(busy=2), 4),
+        (load(busy=1), 2),
         (load(idle=2), 2),
         (load(idle=3), 1),
         (load(containers=1, idle=99), 1),
-        (load(containers=4, executing=16, waiting=99), 5),
+        (load(containers=4, busy=2), 5),
         (load(containers=9), 5),
     ],
 )
