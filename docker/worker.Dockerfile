@@ -2,7 +2,7 @@
 #
 #   BASE_IMAGE         any Linux with Python 3.11 or newer and its venv module
 #   PYTHON             its interpreter
-#   PIP_INDEX_URL      where packages come from that are not among the wheels
+#   PIP_INDEX_URL      where packages come from that are not among the wheels; pip's own default if it is not given
 #   PIP_OPTIONS        "--no-index" takes all from the wheels: no network is needed
 #   REQUIREMENTS       what is installed; add what your users' tasks import
 #
@@ -12,12 +12,12 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
 ARG PYTHON=python3
-ARG PIP_INDEX_URL=https://pypi.org/simple
+ARG PIP_INDEX_URL
 ARG PIP_OPTIONS=""
 ARG REQUIREMENTS="meshcompute[dashboard,dataframe] lz4"
 COPY wheels /wheels
 RUN ${PYTHON} -m venv /opt/meshcompute \
- && PIP_INDEX_URL=${PIP_INDEX_URL} /opt/meshcompute/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
+ && /opt/meshcompute/bin/python -m pip install --no-cache-dir --disable-pip-version-check \
     ${PIP_OPTIONS} --find-links /wheels ${REQUIREMENTS} \
  && /opt/meshcompute/bin/python -m dask --version
 

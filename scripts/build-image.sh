@@ -21,7 +21,7 @@ docker=${DOCKER:-docker}
 tag=meshcompute-worker:latest
 base=python:3.11-slim-bookworm
 made_base=meshcompute-base:bookworm
-mirror=${DEBIAN_MIRROR:-http://deb.debian.org/debian}
+mirror=${DEBIAN_MIRROR:-} # debootstrap's own default if it is not set
 requirements='meshcompute[dashboard,dataframe] lz4'
 like='' wheels='' save='' own_engine=0 index=1 constraints=()
 
@@ -81,7 +81,7 @@ make_base() {
     command -v debootstrap >/dev/null || die "debootstrap is missing: apt-get install debootstrap"
     [ "$(id -u)" = 0 ] || die "debootstrap needs root. Use --base IMAGE with an image that has Python."
     say "making $made_base from Debian's packages (a minute or two)"
-    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$context/root" "$mirror" \
+    debootstrap --variant=minbase --include=python3,python3-venv,ca-certificates bookworm "$context/root" ${mirror:+"$mirror"} \
         >"$context/debootstrap.log" 2>&1 || die "debootstrap failed: $(tail -n 5 "$context/debootstrap.log")"
     rm -rf "$context/root"/{var/cache/apt,var/lib/apt/lists,usr/share/doc,usr/share/man,usr/share/locale}/*
     tar -C "$context/root" --one-file-system -c . | "$docker" import - "$made_base" >/dev/null

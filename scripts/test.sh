@@ -46,7 +46,19 @@ if ! cmp -s "$venv/versions.txt" "$stock/versions.txt"; then
     cp "$venv/versions.txt" "$stock/versions.txt"
 fi
 
-# 3. A missing component fails from here on.
+# 3. As root, the image for tests of containers; made again when the versions in it or its recipe change.
+if [ "$(id -u)" = 0 ]; then
+    image=$venv/worker-image.tar
+    recipe=$(fingerprint "$top/docker" "$top/scripts/build-image.sh" "$venv/versions.txt")
+    if [ ! -e "$image" ] || [ "$(cat "$image.made-from" 2>/dev/null)" != "$recipe" ]; then
+        say "building the image of workers (some minutes)"
+        "$top/scripts/build-image.sh" --own-engine --base debootstrap --like "$venv/bin/python" --save "$image"
+        printf '%s' "$recipe" >"$image.made-from"
+    fi
+    export MESHCOMPUTE_WORKER_IMAGE=$image
+fi
+
+# 4. A missing component fails from here on.
 export CI=true MESHCOMPUTE_STOCK_PYTHON=$stock/bin/python
 export MPLBACKEND=Agg # no window, wherever this runs
 unset PYTHONPATH
