@@ -172,6 +172,8 @@ def start_lab(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        # A pipe that ends with the caller must not stay open as long as a detached lab does.
+        stderr=None if dies_with_us else subprocess.DEVNULL,
         pass_fds=(listener.fileno(), writer, *locks),
         start_new_session=True,  # a Ctrl-C in the terminal is for us; we end the lab in order
         cwd="/",
