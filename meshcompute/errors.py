@@ -13,6 +13,13 @@ Our tree::
     ├── VersionMismatchError (also RuntimeError) client and scheduler run different meshcompute
     └── MissingDependencyError (also ImportError) an optional package or program is not installed
 
+    those of one module only, next to what raises them:
+    ├── embedded.MeshStartError, localports.PortTakenError, clusterrecord.UnknownClusterError
+    ├── meshplan.MeshPlanError, scaling.ScalingError
+    ├── lab.errors.LabError and below            a lab on this machine
+    └── sites.SiteError                          a site that cannot be had: SiteAddressError, SiteUnreachableError,
+                                                 SiteRefusedError, meshsites.SiteStartError
+
 Every message says what failed, with which value, and what to do next. Facts are attributes, and every error
 survives pickling, because Dask carries errors between processes.
 """
