@@ -84,8 +84,8 @@ def place(graph: Graph, n_pools: int) -> list[int]:
 
     Notes
     -----
-    Never more bytes than placing each task where most of its input lies, nor than putting all free tasks into the
-    best single pool. Optimal when every value has one consumer.
+    Never more bytes than putting all free tasks into the best single pool, and hardly ever more than placing each
+    task where most of its input lies. Optimal when every value has one consumer.
     """
     problem = Hypergraph(graph.dependencies, graph.nbytes, graph.pins, graph.together, n_pools)
     if problem.n_pools <= 1 or not problem.movable:

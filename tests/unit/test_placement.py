@@ -202,17 +202,37 @@ def test_the_same_graph_always_gets_the_same_plan(graph: Graph) -> None:
     assert place(graph, 3) == place(graph, 3) == place(copy, 3)
 
 
-@given(graphs())
-# The same graphs each time: for tasks with several allowed pools this is the rule with rare exceptions, not a theorem.
-@settings(max_examples=300, deadline=None, derandomize=True)
-def test_a_plan_moves_no_more_bytes_than_the_greedy_rule_or_the_best_single_pool(graph: Graph) -> None:
-    # Ties are decided in favour of what sends fewer messages; without empty values there is nothing to decide.
+def without_empty_values(graph: Graph) -> Graph:
+    """Ties are decided in favour of what sends fewer messages; without empty values there is nothing to decide."""
     sizes = [nbytes or 0.5 for nbytes in graph.nbytes]
-    graph = Graph(dependencies=graph.dependencies, nbytes=sizes, pins=graph.pins)
+    return Graph(dependencies=graph.dependencies, nbytes=sizes, pins=graph.pins)
+
+
+@given(graphs())
+@settings(max_examples=300, deadline=None)
+def test_a_plan_moves_no_more_bytes_than_the_best_single_pool(graph: Graph) -> None:
+    graph = without_empty_values(graph)
     placed = total_bytes(graph, place(graph, 3))
-    assert placed <= total_bytes(graph, greedy_plan(graph, 3))
-    for plan in single_pool_plans(graph, 3):
-        assert placed <= total_bytes(graph, plan)
+    assert all(placed <= total_bytes(graph, plan) for plan in single_pool_plans(graph, 3))
+
+
+def test_a_plan_hardly_ever_moves_more_bytes_than_the_greedy_rule() -> None:
+    rng = random.Random(0)
+    n_graphs, n_worse, ours, greedy = 400, 0, 0.0, 0.0
+    for _ in range(n_graphs):
+        shares, reaches = (0.05, 0.3, 0.9), (2, 10, 60)
+        graph = without_empty_values(
+            random_graph(
+                rng, rng.randint(2, 60), 3, share_pinned=rng.choice(shares), reach=rng.choice(reaches), grouped=False
+            )
+        )
+        placed, rival = total_bytes(graph, place(graph, 3)), total_bytes(graph, greedy_plan(graph, 3))
+        n_worse += placed > rival
+        ours += placed
+        greedy += rival
+    print(f"worse than greedy: {n_worse} of {n_graphs}; bytes in all {ours / greedy:.3f} x greedy's")
+    assert n_worse <= 0.01 * n_graphs
+    assert ours <= 0.95 * greedy
 
 
 @pytest.mark.parametrize("n_pools", [2, 3])
