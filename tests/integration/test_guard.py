@@ -569,10 +569,13 @@ def test_a_p2p_rechunk_delivers_into_one_pool(two_pools, shuffle):
     np.testing.assert_array_equal(y.compute(), expected)
 
 
-def test_a_p2p_rechunk_with_outputs_pinned_apart_fails_instead_of_hanging(two_pools):
-    y, _ = rechunk(("A", "a", "AB"))
-    with pytest.raises(UnmetDemandError):
-        y.compute()
+def test_a_p2p_rechunk_with_outputs_pinned_apart_is_right_or_says_why_and_never_hangs(two_pools):
+    y, expected = rechunk(("A", "a", "AB"))
+    wait(y, timeout=60)  # which worker gets which output is Dask's choice: it may happen to fit
+    errors = [future.exception() for future in futures_of(y) if future.status == "error"]
+    assert all(isinstance(error, UnmetDemandError) and error.workers for error in errors)
+    if not errors:
+        np.testing.assert_array_equal(y.compute(), expected)
 
 
 def test_a_p2p_rechunk_survives_workers_that_leave_and_join_its_pool(tmp_path):

@@ -117,7 +117,8 @@ class Machine:
                 for line in Path("/proc/self/mountinfo").read_text().splitlines()
                 if "/run/netns" not in line
             ),
-            cgroups=frozenset(map(str, Path("/sys/fs/cgroup").glob("**/*meshcompute-lab*"))),
+            # os.walk, unlike glob, does not mind what is removed while it looks
+            cgroups=frozenset(p for p, _, _ in os.walk("/sys/fs/cgroup") if "meshcompute-lab" in p.rpartition("/")[2]),
             sockets=frozenset(re.findall(r"@meshcompute-lab/\S+", Path("/proc/net/unix").read_text())),
             files=frozenset(
                 str(file) for folder in ("/", "/mnt", "/home", "/run", "/etc/ssh", "/var/lib") for file in _in(folder)
