@@ -574,6 +574,7 @@ def test_a_p2p_rechunk_with_outputs_pinned_apart_is_right_or_says_why_and_never_
     wait(y, timeout=60)  # which worker gets which output is Dask's choice: it may happen to fit
     errors = [future.exception() for future in futures_of(y) if future.status == "error"]
     assert all(isinstance(error, UnmetDemandError) and error.workers for error in errors)
+    assert statistics(two_pools)["wrong_pool"] == 0  # whatever came of it, every pin held
     if not errors:
         np.testing.assert_array_equal(y.compute(), expected)
 
