@@ -335,7 +335,9 @@ def sweep_cgroups(lab: Lab) -> None:
     """Remove the cgroups that engines of this lab left when they were killed; others are not touched."""
     for parent in [*CGROUPS.glob("*/meshcompute-lab"), CGROUPS / "meshcompute-lab"]:
         top = parent / lab.name
-        folders = sorted((folder for folder in top.rglob("*") if folder.is_dir()), reverse=True)
-        for folder in (*folders, top, parent):
+        inner: list[str | Path] = [
+            folder for folder, _, _ in os.walk(top, topdown=False)
+        ]  # does not mind what goes while it looks
+        for folder in [*inner, parent]:
             with suppress(OSError):  # gone already, or another lab's is in it
-                folder.rmdir()
+                os.rmdir(folder)  # noqa: PTH106 - os.walk gives names

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labbench import LabBench, open_lab_bench
 
 from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.running import RunningLab
@@ -70,6 +71,36 @@ def start(can_have_lab: None) -> Iterator[Callable[..., RunningLab]]:
 def shared_lab(start: Callable[..., RunningLab]) -> RunningLab:
     """A lab that the tests of a file share."""
     return start()
+
+
+@pytest.fixture(scope="session")
+def can_have_mesh(can_have_lab: None, can_have_engine: None, need: Callable[..., None]) -> None:
+    """What a lab needs in which clusters run: engines, WireGuard, the image of workers."""
+    for program, package in (("wg", "wireguard-tools"), ("wireguard-go", "wireguard-go"), ("ss", "iproute2")):
+        need(program, find(program), f"apt-get install {package}")
+    archive = os.environ.get("MESHCOMPUTE_WORKER_IMAGE", "")
+    cure = "scripts/build-image.sh --own-engine --base debootstrap --save FILE; MESHCOMPUTE_WORKER_IMAGE=FILE"
+    need("the image of workers", archive and Path(archive).exists(), cure)
+
+
+@pytest.fixture(scope="session")
+def _mesh_lab(can_have_mesh: None) -> Iterator[LabBench]:
+    with open_lab_bench() as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(_mesh_lab: LabBench) -> Iterator[LabBench]:
+    """A lab with engines, daemons and the image, shared by the run: after each test every host must look as before.
+
+    Whoever ends a host's services puts them back, or opens a lab of its own (``open_lab_bench``).
+    """
+    before = _mesh_lab.observe()
+    yield _mesh_lab
+    _mesh_lab.close()
+    _mesh_lab.lab.join()
+    _mesh_lab.lab.shape(rate_bits_per_second=None, delay_seconds=0.0, loss=0.0)
+    _mesh_lab.wait_as(before)
 
 
 @pytest.fixture

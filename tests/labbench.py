@@ -1,0 +1,321 @@
+"""A lab with engines, daemons and the image of workers, and clusters that are started in it as a person would.
+
+Covers starting such a lab, ``dask-boot.sh`` on its client's host, scripts that use a cluster, and what a host's kernel
+and engine show, to compare with before. The fixture that gives it is in ``tests/lab/conftest.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from meshcompute.lab.images import IMAGE, open_image_store
+from meshcompute.lab.running import RunningLab
+from meshcompute.lab.starting import find_accounts, find_readable, start_lab
+from meshcompute.lab.topology import Lab
+
+TOP = Path(__file__).resolve().parents[1]
+PATH = f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HOSTS = ("client", "ecmwf", "eumetsat")
+SITES = ("mesh@10.8.0.4", "mesh@10.8.0.2")
+READY_SECONDS = 90.0
+GONE_SECONDS = 30.0
+
+
+class Boot:
+    """``dask-boot.sh`` that runs on the client's host.
+
+    Parameters
+    ----------
+    process
+        It; its standard error is a pipe.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._arrived = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            with self._arrived:
+                self.lines.append(line.rstrip("\n"))
+                self._arrived.notify_all()
+        with self._arrived:
+            self._arrived.notify_all()
+
+    @property
+    def said(self) -> str:
+        """All that it wrote so far."""
+        return "\n".join(self.lines)
+
+    def wait_for(self, text: str, timeout: float = READY_SECONDS) -> str:
+        """Wait until it writes a line with this text, and give the line; its end without is a failure."""
+        deadline = time.monotonic() + timeout
+        with self._arrived:
+            while True:
+                for line in self.lines:
+                    if text in line:
+                        return line
+                alive = self._reader.is_alive()
+                assert alive, f"it ended without {text!r}:\n{self.said}"
+                assert time.monotonic() < deadline, f"no {text!r} after {timeout:g} s:\n{self.said}"
+                self._arrived.wait(0.2)
+
+    @property
+    def address(self) -> str:
+        """Where the scheduler is, as seen from the client's host."""
+        return self.wait_for("scheduler at ").rpartition("scheduler at ")[2].split()[0]
+
+    @property
+    def pid(self) -> int:
+        """The process on the host, by its number on this machine: what enters the host for it passes no signal on."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def stop(self, signum: int = signal.SIGTERM) -> int:
+        """Ask it to take everything down; gives its exit code."""
+        os.kill(self.pid, signum)
+        return self.wait()
+
+    def wait(self, timeout: float = READY_SECONDS) -> int:
+        """Wait for its end; gives its exit code."""
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+        return code
+
+
+class LabBench:
+    """A running lab on which clusters can be started.
+
+    Parameters
+    ----------
+    lab
+        It; with engines, daemons and the image.
+    """
+
+    def __init__(self, lab: RunningLab) -> None:
+        self.lab = lab
+        self._boots: list[Boot] = []
+
+    def start_boot(self, *arguments: str, user: str = "mesh") -> Boot:
+        """Run ``dask-boot.sh`` with these arguments on the client's host; does not wait."""
+        process = self.lab.popen(
+            "client", str(TOP / "scripts/dask-boot.sh"), *arguments, user=user,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        boot = Boot(process)
+        self._boots.append(boot)
+        return boot
+
+    @contextmanager
+    def booted(self, *arguments: str, user: str = "mesh", sites: tuple[str, ...] = SITES) -> Iterator[Boot]:
+        """Have a cluster while the block runs: two sites, four workers each unless the arguments say otherwise."""
+        boot = self.start_boot(*sites, *arguments, user=user)
+        try:
+            boot.wait_for(" ready: ")
+            yield boot
+        finally:
+            if boot.process.poll() is None:
+                boot.stop()
+
+    def python(self, source: str, *arguments: str, user: str = "mesh", timeout: float = 100.0, **options: Any) -> str:
+        """Run a Python program on the client's host; gives what it prints. Its failure is a failure."""
+        command = (sys.executable, "-c", source, *arguments)
+        return self.lab.run("client", *command, user=user, timeout=timeout, **options).stdout
+
+    def start_python(self, source: str, *arguments: str, user: str = "mesh") -> subprocess.Popen[str]:
+        """Start a Python program on the client's host, with pipes for what it prints."""
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process: subprocess.Popen[str] = self.lab.popen(
+            "client", sys.executable, "-c", source, *arguments, user=user, **pipes
+        )
+        return process
+
+    def observe(self) -> dict[str, dict[str, Counter[str]]]:
+        """Ask every host's kernel and engine for all that a cluster could leave there, by host and kind."""
+        return {host: self._observe(host) for host in HOSTS}
+
+    def _observe(self, host: str) -> dict[str, Counter[str]]:
+        seen = json.loads(
+            self.lab.run(host, sys.executable, "-c", _OBSERVE, f"/meshcompute-lab/{self.lab.name}/{host}").stdout
+        )
+        return {kind: Counter(what) for kind, what in seen.items()}
+
+    def wait_as(self, before: Mapping[str, Mapping[str, Counter[str]]], timeout: float = GONE_SECONDS) -> None:
+        """Wait until every host looks as it did before; what is new after that time is a failure, by name."""
+        deadline = time.monotonic() + timeout
+        while True:
+            now = self.observe()
+            new = {
+                host: {kind: dict(more) for kind, seen in kinds.items() if (more := seen - before[host][kind])}
+                for host, kinds in now.items()
+            }
+            left = {host: kinds for host, kinds in new.items() if kinds}
+            if not left:
+                return
+            assert time.monotonic() < deadline, f"left after {timeout:g} s: {json.dumps(left, indent=1)}"
+            time.sleep(0.2)
+
+    def wait_until(self, is_true: Callable[[], object], what: str, timeout: float = GONE_SECONDS) -> None:
+        """Wait for a state, never for a time."""
+        deadline = time.monotonic() + timeout
+        while not is_true():
+            assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
+            time.sleep(0.1)
+
+    def pids(self, host: str, text: str) -> list[int]:
+        """Processes of a host whose command line has this text, by the numbers of its own pid namespace."""
+        script = f"grep -lsF -- '{text}' /proc/[0-9]*/cmdline | cut -d/ -f3 | grep -vx -e self -e $$ || true"
+        own = self.lab.run(host, "sh", "-c", script).stdout.split()
+        alive = []
+        for pid in map(int, own):
+            line = self.lab.run(host, "cat", f"/proc/{pid}/cmdline", check=False).stdout
+            if text in line and "grep -lsF" not in line:
+                alive.append(pid)
+        return alive
+
+    def kill(self, host: str, *pids: int, signum: int = signal.SIGKILL) -> None:
+        """Send a signal to processes of a host, by the numbers of its own pid namespace."""
+        assert pids, "nobody to signal"
+        self.lab.run(host, "kill", f"-{signum:d}", *map(str, pids))
+
+    def containers(self, host: str, *, every: bool = True) -> list[str]:
+        """Names of the containers that a host's engine has."""
+        options = ["--all"] if every else []
+        return sorted(self.lab.run(host, "docker", "ps", *options, "--format", "{{.Names}}").stdout.split())
+
+    def log(self, host: str, service: str = "site") -> str:
+        """What a service of a host wrote: ``site`` (the daemon), ``sshd`` or ``engine``."""
+        return self.lab.run(host, "cat", f"/var/log/lab/{service}.log").stdout
+
+    def restart_daemon(self, host: str) -> None:
+        """Start a host's daemon again, which must have ended; returns when it answers."""
+        self.lab.run(host, "sh", "-c", "setsid sh /etc/lab/site </dev/null >/dev/null 2>&1 &")
+        self.wait_until(
+            lambda: self.lab.run(host, "meshcompute-site", "ping", check=False).returncode == 0,
+            f"{host}'s daemon answers",
+        )
+
+    def close(self) -> None:
+        """End what tests have left."""
+        for boot in self._boots:
+            if boot.process.poll() is None:
+                boot.stop()
+        self._boots.clear()
+
+
+@contextmanager
+def open_lab_bench(**options: Any) -> Iterator[LabBench]:
+    """Start a lab with engines, daemons and the image in ``MESHCOMPUTE_WORKER_IMAGE``; options as of ``Lab``."""
+    archive = Path(os.environ["MESHCOMPUTE_WORKER_IMAGE"])
+    with ExitStack() as stack:
+        store, lock = open_image_store(archive, say=print, cache=archive.with_suffix(".store"))
+        stack.callback(os.close, lock)
+        usual = {
+            "name": f"test-{os.getpid()}-{time.monotonic_ns()}",
+            "path": PATH,
+            "accounts": find_accounts(),
+            "readable": find_readable(str(TOP)),
+            "engine": True,
+            "daemon": True,
+            "image_store": str(store),
+        }
+        lab = Lab(**{**usual, **options})
+        guardian = start_lab(lab, locks=(lock,), say=print)
+        running = RunningLab(lab.name)
+
+        def stop() -> None:
+            running.stop()
+            guardian.wait(GONE_SECONDS)
+
+        stack.callback(stop)
+        bench = LabBench(running)
+        stack.callback(bench.close)
+        for host in HOSTS:
+            bench.wait_until(
+                lambda host=host: (
+                    running.run(host, "docker", "image", "inspect", IMAGE, check=False).returncode == 0
+                    and running.run(host, "meshcompute-site", "ping", check=False).returncode == 0
+                ),
+                f"{host} has an engine with the image, and a daemon",
+            )
+        yield bench
+
+
+# Runs on a host. Everything is named so that the same thing has the same name before and after.
+_OBSERVE = r"""
+import glob, json, os, re, subprocess, sys
+
+def lines(*command):
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+def read(path):
+    try:
+        with open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+mine, pid = set(), os.getpid()
+while pid > 1:  # this program and what entered the host for it
+    mine.add(pid)
+    pid = int(re.search(r"PPid:\s+(\d+)", read(f"/proc/{pid}/status"))[1])
+processes, namespaces = [], set()
+for entry in os.listdir("/proc"):
+    if entry.isdigit() and int(entry) not in mine:
+        command = read(f"/proc/{entry}/cmdline").replace("\0", " ").strip()
+        if command and "State:\tZ" not in read(f"/proc/{entry}/status"):
+            processes.append(command)
+            for kind in ("mnt", "net", "pid", "uts", "ipc", "user", "cgroup"):
+                try:
+                    namespaces.add(f"{kind} {os.readlink(f'/proc/{entry}/ns/{kind}')}")
+                except OSError:
+                    pass
+files = []
+for top in ("/run", "/dev/shm", "/home/mesh", "/home/guest", "/var/lib/meshcompute"):
+    for folder, folders, names in os.walk(top):
+        files += [os.path.join(folder, name) for name in (*folders, *names)]
+for top in ("/", "/tmp", "/var/tmp", "/root", "/root/.ssh", "/etc", "/data"):  # what is deeper there is the machine's
+    files += [os.path.join(top, name) for name in os.listdir(top)]
+# The engine is asked below; the daemon makes its folders when it needs them first, and remembers for a time which
+# clusters have ended, so that a late request does not bring them back.
+expected = "/run/(docker|containerd)|/var/lib/meshcompute/([a-z]+$|tombstones/)"
+files = [path for path in files if not re.match(expected, path)]
+seen = {
+    "processes": processes,
+    "namespaces": [name.split()[0] for name in namespaces],
+    "mounts": [line.split()[4] for line in open("/proc/self/mountinfo")],
+    "links": [re.sub(r"^\d+: ", "", line).split(":")[0] for line in lines("ip", "-o", "link")],
+    "addresses": [" ".join(line.split()[1:4]) for line in lines("ip", "-o", "address")],
+    "routes": [*lines("ip", "route", "show", "table", "all"), *lines("ip", "-6", "route", "show", "table", "all")],
+    "rules": [*lines("ip", "rule"), *lines("ip", "-6", "rule")],
+    "nft": lines("nft", "list", "ruleset"),
+    "listeners": [" ".join(line.split()[:5]) for line in lines("ss", "-H", "-lntu")],
+    # The daemon keeps connections to its engine for a while: each is a socket of the same name.
+    "unix": sorted({line.split()[7] for line in open("/proc/net/unix") if len(line.split()) > 7}),
+    "forwarding": [read(path).strip() + path for path in glob.glob("/proc/sys/net/ipv[46]/conf/*/forwarding")],
+    "containers": lines("docker", "ps", "--all", "--format", "{{.Names}}"),
+    "volumes": lines("docker", "volume", "ls", "-q"),
+    "networks": lines("docker", "network", "ls", "--format", "{{.Name}}"),
+    "cgroups": [path for path, _, _ in os.walk("/sys/fs/cgroup") if sys.argv[1] + "/" in path],
+    "files": files,
+}
+print(json.dumps(seen))
+"""
