@@ -250,6 +250,7 @@ class MeshCluster(Cluster):
         assert status is not None
         assert status.scheduler is not None
         self.scheduler_comm = rpc(status.scheduler.client_address)
+        await self._wait_answering(deadline)
         await super()._start()
         await self._wait_registered(deadline)
         self._set_propagate()
@@ -272,6 +273,19 @@ class MeshCluster(Cluster):
         table = render_versions(places)
         if table:
             self._say(f"versions differ (work goes on; the same everywhere is safer):\n{table}")
+
+    async def _wait_answering(self, deadline: float) -> None:
+        """Wait until the scheduler answers: on a busy host it starts more slowly than its relay has patience."""
+        while True:
+            try:
+                await self.scheduler_comm.identity(n_workers=0)
+                return
+            except OSError as exc:
+                if time.monotonic() > deadline:
+                    log = await self._log_tail(SCHEDULER_SITE, "scheduler")
+                    message = f"the scheduler does not answer ({exc}); what it wrote last:\n{log}"
+                    raise SiteStartError(self.mesh.name_of(SCHEDULER_SITE), message) from exc
+            await asyncio.sleep(WORKER_LOOK_SECONDS)
 
     async def _wait_registered(self, deadline: float) -> None:
         """Wait until every worker that the sites run is registered at the scheduler."""
