@@ -4,6 +4,7 @@
 #   --tag NAME                                  another name for it
 #   --base IMAGE                                another base image
 #   --base debootstrap                          make a base image from Debian's packages (root; no registry is needed)
+#   --keep-base FILE                            (with it) take that base image from this archive, or keep it there
 #   --like PYTHON                               the package versions that this interpreter has: no version can differ
 #   --constraint FILE                           package versions, as pip takes them
 #   --wheels DIR                                wheels that are there already; with --no-index, nothing else
@@ -23,12 +24,13 @@ base=python:3.11-slim-bookworm
 made_base=meshcompute-base:bookworm
 mirror=${DEBIAN_MIRROR:-} # debootstrap's own default if it is not set
 requirements='meshcompute[dashboard,dataframe] lz4'
-like='' wheels='' save='' own_engine=0 index=1 constraints=()
+like='' wheels='' save='' kept_base='' own_engine=0 index=1 constraints=()
 
 while [ $# -gt 0 ]; do
     case "$1" in
         --tag) tag=$2 && shift 2 ;;
         --base) base=$2 && shift 2 ;;
+        --keep-base) kept_base=$(realpath -m "$2") && shift 2 ;;
         --like) like=$2 && shift 2 ;;
         --constraint) constraints+=(--constraint "$(realpath "$2")") && shift 2 ;;
         --wheels) wheels=$(realpath "$2") && shift 2 ;;
@@ -88,7 +90,12 @@ make_base() {
     rm -rf --one-file-system "$context/root" # not into the build
 }
 if [ "$base" = debootstrap ]; then
-    "$docker" image inspect "$made_base" >/dev/null 2>&1 || make_base
+    if ! "$docker" image inspect "$made_base" >/dev/null 2>&1; then
+        if [ -z "$kept_base" ] || ! "$docker" load --quiet --input "$kept_base" >/dev/null 2>&1; then
+            make_base
+            [ -z "$kept_base" ] || { "$docker" save --output "$kept_base.new" "$made_base" && mv "$kept_base.new" "$kept_base"; }
+        fi
+    fi
     base=$made_base
 elif ! "$docker" image inspect "$base" >/dev/null 2>&1; then
     say "fetching $base"

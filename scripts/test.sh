@@ -46,13 +46,13 @@ if ! cmp -s "$venv/versions.txt" "$stock/versions.txt"; then
     cp "$venv/versions.txt" "$stock/versions.txt"
 fi
 
-# 3. As root, the image for tests of containers; made again when the versions in it or its recipe change.
+# 3. As root, the image for tests of containers; made again when anything in it changes. Debian's part of it is kept.
 if [ "$(id -u)" = 0 ]; then
     image=$venv/worker-image.tar
-    recipe=$(fingerprint "$top/docker" "$top/scripts/build-image.sh" "$venv/versions.txt")
+    recipe=$(fingerprint "$top/docker" "$top/scripts/build-image.sh" "$top/meshcompute" "$top/pyproject.toml" "$venv/versions.txt")
     if [ ! -e "$image" ] || [ "$(cat "$image.made-from" 2>/dev/null)" != "$recipe" ]; then
         say "building the image of workers (some minutes)"
-        "$top/scripts/build-image.sh" --own-engine --base debootstrap --like "$venv/bin/python" --save "$image"
+        "$top/scripts/build-image.sh" --own-engine --base debootstrap --keep-base "$venv/base-image.tar" --like "$venv/bin/python" --save "$image"
         printf '%s' "$recipe" >"$image.made-from"
     fi
     export MESHCOMPUTE_WORKER_IMAGE=$image

@@ -33,7 +33,6 @@ from meshcompute.lab.errors import LabError, LabMissingError
 __all__ = ["IMAGE", "open_image_store"]
 
 IMAGE = "meshcompute-worker:latest"
-BASE_IMAGE = "meshcompute-base:bookworm"  # as scripts/build-image.sh calls it
 CACHE = Path("/var/cache/meshcompute/lab")
 PACKAGE = Path(__file__).parents[1]
 STORES_KEPT = 1  # besides the one that is made: going back to it, and forth, should cost nothing
@@ -145,11 +144,10 @@ def _digest(*parts: bytes) -> str:
 
 
 def _build(builder: Path, base: Path, environment: dict[str, str], say: Callable[[str], None]) -> None:
-    if base.exists():
-        _run(["docker", "load", "--input", str(base)], environment)
-    else:
+    if not base.exists():
         say("no image yet: making one takes a few minutes, once")
-    command = [str(builder), "--base", "debootstrap", "--like", sys.executable, "--tag", IMAGE]
+    command = [str(builder), "--tag", IMAGE, "--like", sys.executable]
+    command += ["--base", "debootstrap", "--keep-base", str(base)]
     # Not from a source tree that is found by accident: PYTHON is what the script makes its own environment with.
     process = subprocess.Popen(
         ["setpriv", "--pdeathsig", "TERM", *command],
@@ -172,9 +170,6 @@ def _build(builder: Path, base: Path, environment: dict[str, str], say: Callable
         raise
     if code != 0:
         raise LabError(f"The image could not be built ({builder}, exit code {code}): {''.join(wrote[-5:]).strip()}")
-    if not base.exists():
-        _run(["docker", "save", "--output", f"{base}.new", BASE_IMAGE], environment)
-        Path(f"{base}.new").rename(base)
 
 
 @contextmanager
