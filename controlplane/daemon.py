@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -76,7 +77,9 @@ def make_plane(config: SiteConfig, clock: Clock) -> DataPlane:
         return LoopbackPlane()
     from controlplane.network.gateway import NamespacePlane
 
-    return NamespacePlane(config.network_options.wireguard, instance=config.pool, clock=clock)
+    # As containers are, gateways are known by the state folder: that is what makes a daemon the same after a restart.
+    mark = hashlib.sha256(os.path.realpath(config.state_folder).encode()).hexdigest()[:8]
+    return NamespacePlane(config.network_options.wireguard, instance=f"{config.pool}-{mark}", clock=clock)
 
 
 def make_runtime(config: SiteConfig, clock: Clock) -> WorkerRuntime:

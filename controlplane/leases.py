@@ -6,13 +6,15 @@ happens when one ends (:mod:`controlplane.reconcile`). Times are seconds of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from controlplane.errors import ConflictError
 
-__all__ = ["Lease", "Tombstone", "check_epoch", "grant"]
+__all__ = ["Lease", "Tombstone", "check_epoch", "grant", "outdated_tombstones"]
 
 TOMBSTONE_SECONDS = 7 * 86400  # far longer than any request can be under way
+MAX_TOMBSTONES = 10_000  # nobody can fill the disk with requests to end what never was
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +87,30 @@ class Tombstone:
     user: str
     name: str
     reason: str
+
+
+def outdated_tombstones(tombstones: Iterable[Tombstone], wall_now: float) -> list[Tombstone]:
+    """Find the tombstones that may go.
+
+    Parameters
+    ----------
+    tombstones
+        All that there are, the oldest first.
+    wall_now
+        Seconds since 1970.
+
+    Returns
+    -------
+    list of Tombstone
+        Those that are older than any late request can be, and the oldest of too many.
+    """
+    stones = list(tombstones)
+    surplus = max(0, len(stones) - MAX_TOMBSTONES)
+    return [
+        stone
+        for number, stone in enumerate(stones)
+        if number < surplus or wall_now - stone.buried_at > TOMBSTONE_SECONDS
+    ]
 
 
 def check_epoch(epoch: int, *, current: int | None, tombstone: int | None) -> None:

@@ -33,6 +33,7 @@ from controlplane.reconcile import (
     StartUnit,
     Step,
     StopUnit,
+    is_over,
     plan_cluster,
     plan_sweep,
     stages,
@@ -400,7 +401,9 @@ def _is_complete(desired: DesiredCluster | None, observed: Observed) -> bool:
     if desired is None:
         return True
     units = observed.units
-    return all(unit.name in units and units[unit.name].state == "running" for unit in desired.units)
+    return all(
+        (unit.name in units and units[unit.name].state == "running") or is_over(unit, units) for unit in desired.units
+    )
 
 
 def _updated(memory: Memory, observed: Observed, fingerprint_by_unit: Mapping[str, str], now: float) -> Memory:

@@ -32,6 +32,7 @@ __all__ = [
     "StartUnit",
     "Step",
     "StopUnit",
+    "is_over",
     "plan_cluster",
     "plan_sweep",
     "retry_seconds",
@@ -250,6 +251,7 @@ def plan_cluster(
         StartUnit(spec=unit)
         for name, unit in wanted.items()
         if (name not in observed.units or name in outdated or observed.units[name].state == "exited")
+        and not is_over(unit, observed.units)
         and now >= _next_start(memory, name)
     ]
     links = [
@@ -304,6 +306,25 @@ def _is_outdated(unit: WorkerSpec, memory: Memory) -> bool:
 def _next_start(memory: Memory, name: str) -> float:
     starts, last = memory.starts_by_unit.get(name, (0, 0.0))
     return last + retry_seconds(starts) if starts else 0.0
+
+
+def is_over(unit: WorkerSpec, units: Mapping[str, WorkerState]) -> bool:
+    """Whether a unit ended for good: a scheduler is not started again, because what it knew is lost.
+
+    Parameters
+    ----------
+    unit
+        What should be.
+    units
+        What is.
+
+    Returns
+    -------
+    bool
+        Whether nothing will become of it any more.
+    """
+    state = units.get(unit.name)
+    return unit.role == "scheduler" and state is not None and state.state == "exited" and state.has_run
 
 
 def stages(steps: Iterable[Step]) -> list[list[Step]]:

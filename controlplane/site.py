@@ -17,7 +17,7 @@ from controlplane.config import SiteConfig
 from controlplane.desired import DesiredCluster, desired_cluster
 from controlplane.errors import ConflictError, NotFoundError, StoreError
 from controlplane.identity import Caller
-from controlplane.leases import Tombstone, check_epoch, grant
+from controlplane.leases import Tombstone, check_epoch, grant, outdated_tombstones
 from controlplane.loop import Loop
 from controlplane.state import ClusterRecord, Owner, Store
 from controlplane.status import gone_status, status_of
@@ -30,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 2.0  # how long an answer may wait for the machine, so that it can already hold the public key
 MAX_LOG_LINES = 10_000
-MAX_TOMBSTONES = 10_000  # nobody can fill the disk with requests to end what never was
 
 
 class Site:
@@ -80,7 +79,8 @@ class Site:
     def open(self) -> None:
         """Read what there was before; leases of another boot are over."""
         self._store.open()
-        self._records, self._tombstones = self._store.load(wall_now=self._clock.wall())
+        self._records, self._tombstones = self._store.load()
+        self._clear_tombstones()
         for record in list(self._records.values()):
             if record.boot_id != self._clock.boot_id and not record.is_ended:
                 self._end(record, "the machine was started anew")
@@ -328,11 +328,13 @@ class Site:
         self._tombstones.pop(cluster_id, None)
         self._tombstones[cluster_id] = tombstone
         self._store.bury(tombstone)
-        while len(self._tombstones) > MAX_TOMBSTONES:
-            oldest = next(iter(self._tombstones))
-            self._store.unearth(oldest)
-            del self._tombstones[oldest]
+        self._clear_tombstones()
         return tombstone
+
+    def _clear_tombstones(self) -> None:
+        for stone in outdated_tombstones(self._tombstones.values(), self._clock.wall()):
+            self._store.unearth(stone.cluster_id)
+            del self._tombstones[stone.cluster_id]
 
     def _end(self, record: ClusterRecord, reason: str, epoch: int = 0) -> None:
         """End a cluster, also if the disk is full: what is removed must not depend on what can be written."""

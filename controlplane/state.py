@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from controlplane.errors import StoreError
-from controlplane.leases import TOMBSTONE_SECONDS, Lease, Tombstone
+from controlplane.leases import Lease, Tombstone
 from meshcompute.protocol import ClusterSpec
 
 __all__ = ["ClusterRecord", "Owner", "Store"]
@@ -102,18 +102,13 @@ class Store:
         except OSError as exc:
             raise _store_error("make", self._folder, exc) from exc
 
-    def load(self, *, wall_now: float) -> tuple[dict[str, ClusterRecord], dict[str, Tombstone]]:
+    def load(self) -> tuple[dict[str, ClusterRecord], dict[str, Tombstone]]:
         """Read all that is there.
-
-        Parameters
-        ----------
-        wall_now
-            Seconds since 1970: tombstones that are very old are thrown away.
 
         Returns
         -------
         tuple
-            Records and tombstones by cluster.
+            Records and tombstones by cluster; the oldest tombstones come first.
 
         Raises
         ------
@@ -122,12 +117,9 @@ class Store:
         """
         problems: list[str] = []
         records = {record.cluster_id: record for record in _read_all(self._clusters, _RECORD, problems)}
-        tombstones = {stone.cluster_id: stone for stone in _read_all(self._tombstones, _TOMBSTONE, problems)}
-        for stone in [stone for stone in tombstones.values() if wall_now - stone.buried_at > TOMBSTONE_SECONDS]:
-            del tombstones[stone.cluster_id]
-            self.unearth(stone.cluster_id)
+        stones = sorted(_read_all(self._tombstones, _TOMBSTONE, problems), key=lambda stone: stone.buried_at)
         self.problems = tuple(problems)
-        return records, tombstones
+        return records, {stone.cluster_id: stone for stone in stones}
 
     def save(self, record: ClusterRecord) -> None:
         """Write a cluster's record; it is on disk when this returns."""

@@ -12,7 +12,7 @@ from controlplane.config import SiteConfig
 from controlplane.desired import DesiredCluster, desired_cluster, scheduler_addresses
 from controlplane.leases import Tombstone
 from controlplane.network.topology import GATEWAY_NODE, GatewayState, address_of
-from controlplane.reconcile import Problem, Report
+from controlplane.reconcile import Problem, Report, is_over
 from controlplane.state import ClusterRecord
 from controlplane.workers.base import WorkerSpec, WorkerState
 from meshcompute.protocol import ClusterStatus, Condition, PeerStatus, SchedulerStatus, WorkerStatus
@@ -21,7 +21,7 @@ __all__ = ["gone_status", "status_of"]
 
 FRESH_HANDSHAKE_SECONDS = 180.0  # WireGuard makes a new key every 120 s where there is traffic, rejects after 180 s
 # Problems that no retry cures: somebody must change something first.
-_LASTING = frozenset({"Image", "PortTaken", "InvalidSpec"})
+_LASTING = frozenset({"Image", "PortTaken", "InvalidSpec", "SchedulerEnded"})
 
 
 def status_of(
@@ -110,7 +110,8 @@ def _ended(reason: str) -> Condition:
 
 
 def _phase(report: Report | None, conditions: tuple[Condition, ...]) -> Literal["failed", "ready", "pending"]:
-    if report is not None and any(problem.reason in _LASTING for problem in report.problems):
+    reasons = {problem.reason for problem in (report.problems if report else ())} | {each.reason for each in conditions}
+    if reasons & _LASTING:
         return "failed"
     needed = [condition for condition in conditions if condition.kind != "links"]
     is_ready = report is not None and report.is_settled and all(condition.is_true for condition in needed)
@@ -163,6 +164,10 @@ def _units(kind: str, units: list[WorkerSpec], report: Report | None) -> Conditi
     states = report.observed.units if report else None
     if states is None and units:
         return Condition(kind=kind, is_true=False, reason="Unknown", message="What runs is not known yet.")
+    for unit in units:
+        if is_over(unit, states or {}):
+            message = f"The scheduler has ended ({(states or {})[unit.name].message}), and what it knew is lost."
+            return Condition(kind=kind, is_true=False, reason="SchedulerEnded", message=message)
     missing = [unit.name for unit in units if (states or {}).get(unit.name) is None]
     not_running = [unit.name for unit in units if (state := (states or {}).get(unit.name)) and state.state != "running"]
     if missing or not_running:

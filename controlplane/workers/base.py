@@ -147,6 +147,8 @@ class WorkerState:
         Of a unit that has exited, where it is known.
     message
         Why it is so, for people.
+    has_run
+        Of a unit that has exited: whether it ever ran, as far as anybody knows.
     """
 
     cluster_id: str
@@ -156,6 +158,7 @@ class WorkerState:
     netns: str | None = None
     exit_code: int | None = None
     message: str = ""
+    has_run: bool = False
 
 
 class WorkerRuntime(Protocol):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from controlplane.workers.base import WorkerSpec
-from controlplane.workers.entrypoint import EXIT_LEASE_ENDED, EXIT_NO_ADDRESS
+from controlplane.workers.entrypoint import EXIT_LEASE_ENDED, EXIT_NO_ADDRESS, EXIT_NOT_REPLACED
 
 __all__ = ["SCHEDULER_DASHBOARD_PORT", "SCHEDULER_PORT", "plan_unit", "reason_of", "spill_bytes_of"]
 
@@ -53,6 +53,7 @@ def reason_of(exit_code: int | None) -> str:
         None: "it has ended",
         0: "it was told to end",
         EXIT_LEASE_ENDED: "its lease has ended",
+        EXIT_NOT_REPLACED: "its process ended: see its log",
         EXIT_NO_ADDRESS: f"its address on the data plane did not appear in {ADDRESS_TIMEOUT_SECONDS:g} s",
     }
     return known.get(exit_code, f"it ended with code {exit_code}: see its log")
@@ -96,6 +97,7 @@ def plan_unit(
         "grace_seconds": grace_seconds,
         "scratch": scratch,
         "log_bytes_max": LOG_BYTES_MAX,
+        "replaces": spec.role == "worker",  # what a scheduler knew is lost with it
         "processes": [
             {"name": name, "argv": _command(spec, name, python, scratch, listener), "environment": surroundings}
             for name in spec.process_names

@@ -49,7 +49,7 @@ from controlplane.workers.commands import (
 )
 from controlplane.workers.namespaces import submounts_of
 from controlplane.workers.ports import listen_locally
-from controlplane.workers.processes import disown, is_alive, read_record, record_of, write_record
+from controlplane.workers.processes import ProcessRecord, disown, is_alive, read_record, record_of, write_record
 from controlplane.workers.runfolder import RunFolder, unknown_unit
 
 __all__ = ["DockerRuntime", "container_options"]
@@ -249,7 +249,13 @@ class DockerRuntime:
             if name not in states and name in self.folder.names():
                 spec = self.folder.spec(name)
                 message = "it was started only in part, or its container was removed"
-                states[name] = WorkerState(cluster_id=spec.cluster_id, name=name, state="exited", message=message)
+                states[name] = WorkerState(
+                    cluster_id=spec.cluster_id,
+                    name=name,
+                    state="exited",
+                    message=message,
+                    has_run=self._relay_record(name) is not None,  # only a scheduler has one, once it runs
+                )
         return states
 
     def _state(self, container: Any) -> WorkerState:
@@ -261,7 +267,7 @@ class DockerRuntime:
             return WorkerState(**about, state="exited", message="it was started only in part")
         if not state["Running"] or not state["Pid"]:
             message = "its memory was not enough" if state.get("OOMKilled") else reason_of(state["ExitCode"])
-            return WorkerState(**about, state="exited", exit_code=state["ExitCode"], message=message)
+            return WorkerState(**about, state="exited", exit_code=state["ExitCode"], message=message, has_run=True)
         return WorkerState(**about, state="running", pid=state["Pid"], netns=f"{self.proc}/{state['Pid']}/ns/net")
 
     def _start(self, spec: WorkerSpec) -> WorkerState:
@@ -379,15 +385,18 @@ class DockerRuntime:
         self._relays[spec.name] = child
         write_record(self.folder.folder(spec.name) / "relay.json", record_of(child.pid))
 
+    def _relay_record(self, name: str) -> ProcessRecord | None:
+        return read_record(self.folder.folder(name) / "relay.json")
+
     def _has_relay(self, name: str) -> bool:
         if name in self._relays:
             self._relays[name].poll()  # takes note of its end, without which it stays as a zombie
-        record = read_record(self.folder.folder(name) / "relay.json")
+        record = self._relay_record(name)
         return record is not None and is_alive(record)
 
     def _end_relay(self, name: str) -> None:
         """Wait until nothing holds the network of a container any more: the relay sees that its lease has ended."""
-        record = read_record(self.folder.folder(name) / "relay.json")
+        record = self._relay_record(name)
         until = self._monotonic() + RELAY_TIMEOUT_SECONDS
         while record is not None and self._has_relay(name):
             if self._monotonic() > until:

@@ -1,8 +1,9 @@
 """Keep the processes of a unit: the program that runs inside a worker's container, and as its own process elsewhere.
 
-Covers waiting for the data-plane address, starting the processes of a plan, replacing those that exit, forwarding
-what they write, and ending all of them on a signal or when the deadline has passed. Does not cover who writes the
-plan and renews the deadline (:mod:`.runfolder`) nor the command lines in it (:mod:`.commands`).
+Covers waiting for the data-plane address, starting the processes of a plan, replacing those that exit (unless the plan
+says that the end of one is the end of the unit), forwarding what they write, and ending all of them on a signal or when
+the deadline has passed. Does not cover who writes the plan and renews the deadline (:mod:`.runfolder`) nor the command
+lines in it (:mod:`.commands`).
 
 It needs Python and nothing else, so that it runs in any image: ``python -I entrypoint.py FOLDER``. The folder, which
 the processes cannot write, has ``plan.json`` and ``lease``: a point in time of CLOCK_MONOTONIC, or
@@ -27,10 +28,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EXIT_LEASE_ENDED", "EXIT_NO_ADDRESS", "Keeper", "Lease"]
+__all__ = ["EXIT_LEASE_ENDED", "EXIT_NOT_REPLACED", "EXIT_NO_ADDRESS", "Keeper", "Lease"]
 
 EXIT_LEASE_ENDED = 3
 EXIT_NO_ADDRESS = 4
+EXIT_NOT_REPLACED = 5
 TICK_SECONDS = 0.2  # how late a passed deadline is seen at most
 RESTART_SECONDS_MIN = 0.2
 RESTART_SECONDS_MAX = 10.0
@@ -93,7 +95,8 @@ class Keeper:
     ----------
     plan
         ``processes`` (``name``, ``argv``, ``environment``), ``address`` to wait for or ``None``,
-        ``address_timeout_seconds``, ``grace_seconds``, ``scratch`` and ``log_bytes_max``.
+        ``address_timeout_seconds``, ``grace_seconds``, ``scratch``, ``log_bytes_max``, and ``replaces``: whether a
+        process that exits is started again.
     lease
         When to end.
     """
@@ -105,6 +108,7 @@ class Keeper:
             _Kept(p["name"], p["argv"], p["environment"], Path(plan["scratch"]) / p["name"]) for p in plan["processes"]
         ]
         self.is_ending = False
+        self._is_over = False
         self._selector = selectors.DefaultSelector()
         self._libc = ctypes.CDLL(None)
 
@@ -146,6 +150,9 @@ class Keeper:
         if self.lease.has_ended():
             self._say("the lease has ended, and so does this unit")
             return EXIT_LEASE_ENDED
+        if self._is_over:
+            self._say("what ended is not started again, and so this unit ends")
+            return EXIT_NOT_REPLACED
         return None
 
     def _wait_for_address(self) -> int | None:
@@ -218,6 +225,7 @@ class Keeper:
         self._selector.register(reader, selectors.EVENT_READ, kept)
 
     def _plan_restart(self, kept: _Kept) -> None:
+        self._is_over |= not self.plan["replaces"]
         now = time.monotonic()
         kept.pause = RESTART_SECONDS_MIN if now - kept.started > STEADY_SECONDS else kept.pause
         kept.start_again = now + kept.pause

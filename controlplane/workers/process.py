@@ -214,7 +214,14 @@ class ProcessRuntime:
         if process is None and name in self._starting:
             return WorkerState(cluster_id=spec.cluster_id, name=name, state="starting")
         message = "it was started only in part" if process is None else reason_of(code)
-        return WorkerState(cluster_id=spec.cluster_id, name=name, state="exited", exit_code=code, message=message)
+        return WorkerState(
+            cluster_id=spec.cluster_id,
+            name=name,
+            state="exited",
+            exit_code=code,
+            message=message,
+            has_run=process is not None,
+        )
 
     def _link_views(self, spec: WorkerSpec) -> None:
         """Let folders lead to where the data really is, where they cannot be mounted."""

@@ -23,7 +23,8 @@ def keep(tmp_path):
             for number, script in enumerate(scripts)
         ]
         defaults = {"address": None, "address_timeout_seconds": 1.0, "grace_seconds": 0.5, "log_bytes_max": 1 << 20}
-        plan = {**defaults, "scratch": str(tmp_path / "scratch"), "processes": processes, **plan}
+        defaults |= {"replaces": True, "scratch": str(tmp_path / "scratch"), "processes": processes}
+        plan = {**defaults, **plan}
         (tmp_path / "given").mkdir()
         (tmp_path / "given/plan.json").write_text(json.dumps(plan))
         renew(tmp_path, deadline_seconds)
@@ -141,3 +142,11 @@ def test_lines_come_whole_and_with_the_name_of_who_wrote_them(keep, tmp_path):
     assert keeper.wait(30) == 0
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line for line in lines if line.startswith("p0 | ")] == ["p0 | one", "p0 | two", "p0 | no end"]
+
+
+def test_where_nothing_is_replaced_the_end_of_one_process_is_the_end_of_the_unit(keep, tmp_path):
+    keeper = keep(f"echo $$ > {tmp_path}/pid; exec sleep 100", "sleep 0.2; exit 7", replaces=False)
+    assert keeper.wait(30) == entrypoint.EXIT_NOT_REPLACED
+    said = keeper.stdout.read().decode()
+    assert "p1 ended with code 7" in said
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()

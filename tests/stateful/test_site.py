@@ -226,7 +226,7 @@ class SiteMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_store_says_the_same_as_memory(self):
-        records, tombstones = Store(self.folder).load(wall_now=self.clock.wall())
+        records, tombstones = Store(self.folder).load()
         assert records == self.site._records
         assert {key: stone.epoch for key, stone in tombstones.items()} == self.dead
 

@@ -3,7 +3,7 @@
 import pytest
 
 from controlplane.errors import ConflictError
-from controlplane.leases import check_epoch, grant
+from controlplane.leases import MAX_TOMBSTONES, TOMBSTONE_SECONDS, Tombstone, check_epoch, grant, outdated_tombstones
 
 
 def test_a_lease_ends_at_its_deadline_and_not_before():
@@ -46,3 +46,20 @@ def test_what_is_older_than_the_last_wish_is_refused(epoch, current, tombstone, 
             check_epoch(epoch, current=current, tombstone=tombstone)
     else:
         check_epoch(epoch, current=current, tombstone=tombstone)
+
+
+def stone(number, buried_at=0.0):
+    return Tombstone(
+        cluster_id=f"{number:032x}", epoch=1, buried_at=buried_at, owner_uid=1, user="u", name="n", reason="r"
+    )
+
+
+def test_tombstones_older_than_a_week_may_go():
+    stones = [stone(1), stone(2, buried_at=1.0)]
+    assert outdated_tombstones(stones, TOMBSTONE_SECONDS) == []
+    assert outdated_tombstones(stones, TOMBSTONE_SECONDS + 0.5) == stones[:1]
+
+
+def test_of_too_many_tombstones_the_oldest_go():
+    stones = [stone(number) for number in range(MAX_TOMBSTONES + 2)]
+    assert outdated_tombstones(stones, 0.0) == stones[:2]

@@ -3,11 +3,11 @@
 from dataclasses import replace
 
 import pytest
-from controlbench import ID, KEYS, mesh_config, record, spec
+from controlbench import ID, KEYS, mesh_config, record, scheduler_spec, spec
 
 from controlplane.desired import desired_cluster, fingerprint_of
 from controlplane.network.topology import GatewayState, PeerState
-from controlplane.reconcile import Memory, Observed, plan_cluster, plan_sweep, stages
+from controlplane.reconcile import Memory, Observed, is_over, plan_cluster, plan_sweep, stages
 from controlplane.workers.base import WorkerState
 from meshcompute.protocol import WorkerRequest
 
@@ -34,8 +34,10 @@ def gateway(key=KEYS[5], peers=(KEYS[0],)):
     return GatewayState(cluster_id=ID, namespace="/proc/1/ns/net", public_key=key, listen_port=51820, peers=found)
 
 
-def unit(name, state="running", cluster_id=ID):
-    return WorkerState(cluster_id=cluster_id, name=name, state=state, pid=7, netns=f"/proc/{name}/ns/net")
+def unit(name, state="running", cluster_id=ID, has_run=False):
+    return WorkerState(
+        cluster_id=cluster_id, name=name, state=state, pid=7, netns=f"/proc/{name}/ns/net", has_run=has_run
+    )
 
 
 def settled(wanted):
@@ -173,3 +175,22 @@ def test_only_what_belongs_to_no_cluster_is_swept_and_nothing_if_nobody_knows():
 def test_neighbours_of_one_kind_are_done_at_the_same_time():
     steps = plan_cluster(ID, desired(), Observed(gateway=None, units={}), Memory(), NOW)
     assert [len(stage) for stage in stages(steps)] == [1, 2]
+
+
+def test_a_scheduler_that_has_run_is_not_started_again_because_what_it_knew_is_lost():
+    wanted = desired_cluster(record(wanted=scheduler_spec()), mesh_config(), NOW)
+    (scheduler,) = wanted.units
+    observed, memory = settled(wanted)
+    observed = replace(observed, gateway=gateway(peers=()))
+    ended = replace(observed, units={scheduler.name: unit(scheduler.name, "exited", has_run=True)})
+    assert is_over(scheduler, ended.units)
+    assert plan(wanted, ended, memory) == []
+    half_made = replace(observed, units={scheduler.name: unit(scheduler.name, "exited")})
+    assert plan(wanted, half_made, memory) == [f"start {scheduler.name}"]
+
+
+def test_a_worker_unit_that_has_run_is_started_again():
+    wanted = desired()
+    observed, memory = settled(wanted)
+    ended = replace(observed, units={**observed.units, U1: unit(U1, "exited", has_run=True)})
+    assert plan(wanted, ended, memory) == [f"start {U1}"]

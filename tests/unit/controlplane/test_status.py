@@ -10,6 +10,7 @@ from controlplane.network.topology import GatewayState, PeerState
 from controlplane.reconcile import Observed, Problem, Report
 from controlplane.status import gone_status, status_of
 from controlplane.workers.base import WorkerState
+from meshcompute.meshplan import why_failed
 
 NOW = 1010.0
 
@@ -106,3 +107,13 @@ def test_the_schedulers_addresses_are_told():
     assert scheduler.address == "tcp://[fda5:c0ff:eeee::1]:8786"
     assert scheduler.client_address == "tcp://127.0.0.1:8786"
     assert tell(record(wanted=spec(workers=None)), site=config()).scheduler is None
+
+
+def test_a_scheduler_that_ended_fails_the_cluster_with_its_reason():
+    wanted = record(wanted=scheduler_spec())
+    seen = report(wanted)
+    (name,) = seen.observed.units
+    ended = WorkerState(cluster_id=ID, name=name, state="exited", has_run=True, message="it was killed")
+    told = tell(wanted, replace(seen, observed=replace(seen.observed, units={name: ended})))
+    assert told.phase == "failed"
+    assert "The scheduler has ended (it was killed), and what it knew is lost." in why_failed(told)
