@@ -53,10 +53,15 @@ class Shape:
 
 @dataclass(slots=True, kw_only=True)
 class Counters:
-    """What one direction has seen, in whole IP packets: sent = delivered + dropped + what is on its way."""
+    """What one direction has seen, in whole IP packets: sent = delivered + dropped + what is on its way.
+
+    Of what was sent, UDP is counted apart: it is the data plane's, the rest the control plane's.
+    """
 
     sent_packets: int = 0
     sent_nbytes: int = 0
+    sent_udp_packets: int = 0
+    sent_udp_nbytes: int = 0
     delivered_packets: int = 0
     delivered_nbytes: int = 0
     dropped_packets: int = 0
@@ -71,7 +76,7 @@ class Direction:
     counters: Counters = field(default_factory=Counters)
     free_at: float = 0.0
 
-    def admit(self, nbytes: int, now: float, draw: float) -> float | None:
+    def admit(self, nbytes: int, now: float, draw: float, *, is_udp: bool = False) -> float | None:
         """Count a packet, and decide when it arrives.
 
         Parameters
@@ -82,6 +87,8 @@ class Direction:
             Time, in seconds.
         draw
             A random number from 0 to 1 that decides about loss.
+        is_udp
+            Whether it is a datagram of UDP.
 
         Returns
         -------
@@ -90,6 +97,9 @@ class Direction:
         """
         self.counters.sent_packets += 1
         self.counters.sent_nbytes += nbytes
+        if is_udp:
+            self.counters.sent_udp_packets += 1
+            self.counters.sent_udp_nbytes += nbytes
         shape = self.shape
         start = max(now, self.free_at)
         rate = shape.rate_bits_per_second

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from meshcompute.lab.nat import Nat
-from meshcompute.lab.packets import addresses_of, unreachable
+from meshcompute.lab.packets import UDP, addresses_of, unreachable
 from meshcompute.lab.shaping import Direction, Shape
 
 __all__ = ["Wan", "open_tun"]
@@ -154,7 +154,7 @@ class Wan:
             packet = translated
         if self.capture is not None:
             self._record(packet)
-        arrives_at = direction.admit(len(packet), now, random.random())
+        arrives_at = direction.admit(len(packet), now, random.random(), is_udp=packet[9] == UDP)
         if arrives_at is None:
             return
         if arrives_at <= now:

@@ -93,6 +93,16 @@ def test_packets_and_bytes_are_counted_exactly_per_ordered_pair(lab: RunningLab)
         is_used = set(pair) == {"client", "ecmwf"}
         assert (packets, nbytes) == ((50, 50 * (972 + UDP_HEADERS_NBYTES)) if is_used else (0, 0)), pair
         assert delivered == nbytes
+        udp_nbytes = after[pair].counters.sent_udp_nbytes - before[pair].counters.sent_udp_nbytes
+        assert udp_nbytes == nbytes
+
+
+def test_what_is_no_datagram_is_counted_apart(lab: RunningLab) -> None:
+    before = lab.links()["client", "ecmwf"].counters
+    lab.run("client", "ssh", "ecmwf", "true")
+    after = lab.links()["client", "ecmwf"].counters
+    assert after.sent_nbytes > before.sent_nbytes + 1000
+    assert (after.sent_udp_packets, after.sent_udp_nbytes) == (before.sent_udp_packets, before.sent_udp_nbytes)
 
 
 def test_counters_equal_those_of_the_hosts_kernels(lab: RunningLab) -> None:
