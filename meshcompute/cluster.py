@@ -16,7 +16,6 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
-from os import getpid
 from typing import Any, Self
 
 import dask
@@ -25,13 +24,16 @@ from distributed.deploy.cluster import Cluster
 from distributed.objects import SchedulerInfo
 from distributed.utils import NoOpAwaitable
 
-from meshcompute.clusterrecord import ClusterRecord, find_record, forget, process_started, remember
+from meshcompute.clusterrecord import ClusterRecord, find_record, forget, remember
 from meshcompute.control import SiteControl
 from meshcompute.errors import MeshError
 from meshcompute.localports import choose_port
-from meshcompute.meshplan import PREFIX_BITS, SCHEDULER_SITE, MeshPlan, parse_prefix, prefix_of, why_failed
-from meshcompute.meshsites import MeshSites, SiteStartError, attached_sites
+from meshcompute.meshplan import PREFIX_BITS, SCHEDULER_SITE, MeshPlan, parse_prefix, prefix_of
+from meshcompute.meshrecords import attached_sites, record_of
+from meshcompute.meshsites import MeshSites
 from meshcompute.protocol import DEFAULT_SOCKET, SchedulerRequest, WorkerRequest
+from meshcompute.registration import wait_answering, wait_registered
+from meshcompute.renewals import Renewals
 from meshcompute.scaling import share_workers
 from meshcompute.sites import SiteError, parse_site
 from meshcompute.sitescaling import Scaler
@@ -44,7 +46,6 @@ logger = logging.getLogger("meshcompute.cluster")
 CLIENT_PORT = 8786  # Dask's own, so that Client("localhost:8786") finds the cluster
 DASHBOARD_PORT = 8787
 START_TIMEOUT_SECONDS = 120.0
-WORKER_LOOK_SECONDS = 0.05
 STATUS_LOOK_SECONDS = 1.0
 REMOVE_ALL_SECONDS = 60.0
 
@@ -147,6 +148,7 @@ class MeshCluster(Cluster):
         self._start_timeout_seconds = start_timeout_seconds
         self._propagate = propagate
         self._progress = progress
+        self._record: ClusterRecord | None = None
         self._setup(name=plan.name, quiet=quiet, asynchronous=asynchronous, loop=loop, owns=True)
 
     def _setup(self, *, name: str, quiet: bool, asynchronous: bool, loop: Any, owns: bool) -> None:
@@ -157,6 +159,8 @@ class MeshCluster(Cluster):
         self._ending: asyncio.Task[None] | None = None
         self._scaler = Scaler(self, self.mesh, timeout_seconds=self._start_timeout_seconds, say=self._say)
         self._setting: Any = None
+        self._fatal: SiteError | None = None
+        self._renewals = Renewals(self.mesh, say=self._say, on_lost=self._on_lost, on_renewed=self._remember)
         super().__init__(asynchronous=asynchronous, loop=loop, quiet=quiet, name=name)
         _OPEN.add(self)
         if not self.asynchronous:
@@ -216,9 +220,12 @@ class MeshCluster(Cluster):
             await self._boot
         except BaseException:
             await self._close()
+            if self._fatal is not None:
+                raise self._fatal from None
             raise
 
     async def _attach(self) -> None:
+        assert self._record is not None
         await self.mesh.refresh()
         self.scheduler_comm = rpc(self._record.client_address)
         # A scheduler tells one Cluster only of workers that come and go (its plugin for that has a fixed name), and
@@ -243,18 +250,21 @@ class MeshCluster(Cluster):
         dashboard_port = choose_port("dashboard", self._ports[1], DASHBOARD_PORT, but_not=client_port)
         request = mesh.plan.scheduler.model_copy(update={"client_port": client_port, "dashboard_port": dashboard_port})
         mesh.set_scheduler(request)
-        mesh.on_lost = self._on_lost
-        self._in_background(mesh.renew_forever())
+        self._in_background(self._renewals.run())
         await mesh.start(deadline=deadline)
         status = mesh.scheduler_status
         assert status is not None
         assert status.scheduler is not None
         self.scheduler_comm = rpc(status.scheduler.client_address)
-        await self._wait_answering(deadline)
+        await wait_answering(mesh, self.scheduler_comm, deadline=deadline)
         await super()._start()
-        await self._wait_registered(deadline)
+        # When the scheduler dies, this connection is the first to know.
+        assert self._watch_worker_status_task is not None
+        self._watch_worker_status_task.add_done_callback(lambda _task: self._renewals.hurry(SCHEDULER_SITE))
+        await wait_registered(mesh, self, deadline=deadline, timeout_seconds=self._start_timeout_seconds, say=self._say)
         self._set_propagate()
-        remember(self._as_record())
+        self._record = record_of(mesh, ssh=self._ssh, site_command=self._site_command, socket=self._socket)
+        self._remember()
         self._say(f"ready: {len(mesh.worker_names)} workers, scheduler at {status.scheduler.client_address}")
         if status.scheduler.dashboard_address:
             self._say(f"dashboard at {status.scheduler.dashboard_address}")
@@ -274,78 +284,38 @@ class MeshCluster(Cluster):
         if table:
             self._say(f"versions differ (work goes on; the same everywhere is safer):\n{table}")
 
-    async def _wait_answering(self, deadline: float) -> None:
-        """Wait until the scheduler answers: on a busy host it starts more slowly than its relay has patience."""
-        while True:
-            try:
-                await self.scheduler_comm.identity(n_workers=0)
-                return
-            except OSError as exc:
-                if time.monotonic() > deadline:
-                    log = await self._log_tail(SCHEDULER_SITE, "scheduler")
-                    message = f"the scheduler does not answer ({exc}); what it wrote last:\n{log}"
-                    raise SiteStartError(self.mesh.name_of(SCHEDULER_SITE), message) from exc
-            await asyncio.sleep(WORKER_LOOK_SECONDS)
-
-    async def _wait_registered(self, deadline: float) -> None:
-        """Wait until every worker that the sites run is registered at the scheduler."""
-        next_status = time.monotonic() + STATUS_LOOK_SECONDS
-        told = 0
-        while missing := self.mesh.worker_names - self.observed:
-            n_here = len(self.mesh.worker_names) - len(missing)
-            if n_here > told:
-                told = n_here
-                self._say(f"{told} of {len(self.mesh.worker_names)} workers")
-            if time.monotonic() > next_status:
-                await self.mesh.refresh()
-                next_status = time.monotonic() + STATUS_LOOK_SECONDS
-            for site, status in self.mesh.statuses.items():
-                theirs = sorted(missing & {worker.name for worker in status.workers})
-                if theirs and status.phase == "failed":
-                    raise SiteStartError(self.mesh.name_of(site), why_failed(status))
-                if theirs and time.monotonic() > deadline:
-                    message = (
-                        f"{', '.join(theirs)} did not register within {self._start_timeout_seconds:g} s; what they "
-                        f"wrote last:\n{await self._log_tail(site, theirs[0])}"
-                    )
-                    raise SiteStartError(self.mesh.name_of(site), message)
-            await asyncio.sleep(WORKER_LOOK_SECONDS)
-
-    async def _log_tail(self, site: int, worker: str) -> str:
-        try:
-            return await self.mesh.logs(site, worker, 15)
-        except SiteError as exc:
-            return f"(no log: {exc})"
-
-    def _as_record(self) -> ClusterRecord:
-        mesh = self.mesh
-        status = mesh.scheduler_status
-        assert status is not None
-        assert status.scheduler is not None
-        sites = {site: str(control.address) for site, control in mesh.controls.items()}
-        return ClusterRecord(
-            name=self.name,
-            cluster_id=mesh.plan.cluster_id,
-            prefix=mesh.plan.prefix,
-            scheduler=sites.pop(SCHEDULER_SITE),
-            sites=sites,
-            pools={site: info.pool for site, info in mesh.infos.items()},
-            socket=self._socket,
-            ssh=self._ssh,
-            site_command=self._site_command,
-            client_address=status.scheduler.client_address or "",
-            dashboard_address=status.scheduler.dashboard_address,
-            pid=getpid(),
-            pid_started=process_started(getpid()),
-        )
-
     # Ending
 
     def _on_lost(self, site: int, error: SiteError) -> None:
-        self._say(f"{error} (lost for good)")
-        if site == SCHEDULER_SITE:
-            self._say("the scheduler is gone: ending the rest")
-            self._in_background(self._close())
+        if self._boot is not None and not self._boot.done():
+            self._fatal = error
+            self._boot.cancel()
+            return
+        self._say(str(error))
+        names = {worker.name for worker in self.mesh.statuses[site].workers}
+        if site != SCHEDULER_SITE:
+            self._scaler.forget([site])
+            self.mesh.lose(site, error)
+        if site != SCHEDULER_SITE and len(self.mesh.controls) > 1:
+            self._say(f"going on without {error.site}")
+            self._in_background(self._drop_workers(names))
+            return
+        self._fatal = error
+        self._say(f"the {'scheduler' if site == SCHEDULER_SITE else 'last site'} is gone: ending the rest")
+        self._in_background(self._close())
+
+    async def _drop_workers(self, names: set[str]) -> None:
+        """Tell the scheduler at once what it would learn from silent connections much later."""
+        here = self.scheduler_info["workers"].items()
+        with contextlib.suppress(OSError):  # it may be gone itself
+            for address in [address for address, info in here if info["name"] in names]:
+                await self.scheduler_comm.unregister(address=address, expected=True, stimulus_id="site-lost")
+
+    def _remember(self) -> None:
+        """Say on disk that the cluster is kept; a folder that went with the person's last session is no harm."""
+        if self._record is not None:
+            with contextlib.suppress(OSError):
+                remember(self._record)
 
     async def _close(self) -> None:
         if self._ending is None:

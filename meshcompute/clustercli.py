@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -225,7 +225,7 @@ def _keep(options: dict[str, Any], command: Sequence[str]) -> int:
         progress=_say,
     ) as cluster:
         if command:
-            return _run(command, cluster.scheduler_address)
+            return _run(command, cluster.scheduler_address, lambda: cluster.status == Status.running)
         if not options["keeper"]:
             _say("Ctrl-C takes it down")
         try:
@@ -236,8 +236,8 @@ def _keep(options: dict[str, Any], command: Sequence[str]) -> int:
         return 1
 
 
-def _run(command: Sequence[str], address: str) -> int:
-    """Run a person's command and return its exit code as a shell would."""
+def _run(command: Sequence[str], address: str, has_cluster: Callable[[], bool]) -> int:
+    """Run a person's command and return its exit code as a shell would; without its cluster it ends, too."""
     environment = {**os.environ, "DASK_SCHEDULER_ADDRESS": address, "DASK_MESHCOMPUTE__PROPAGATE": "True"}
     try:
         process = subprocess.Popen(command, env=environment)
@@ -245,7 +245,14 @@ def _run(command: Sequence[str], address: str) -> int:
         _say(f"{command[0]}: {exc.strerror}")
         return NOT_FOUND
     try:
-        code = process.wait()
+        while (code := process.poll()) is None and has_cluster():
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(LOOK_SECONDS)
+        if code is None:
+            _say(f"ending {command[0]}: its cluster is gone")
+            process.terminate()
+            _end(process)
+            return 1
     except Terminated as exc:
         if exc.signum != signal.SIGINT:  # a Ctrl-C in the terminal has reached it, too
             process.send_signal(exc.signum)

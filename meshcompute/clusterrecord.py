@@ -1,8 +1,9 @@
 """What a person's clusters are called and where they are, for other processes of the same person.
 
 Covers one small file for each cluster that runs, in a private folder that does not outlive a boot of the machine. It
-holds names, addresses and the id of the process that keeps the cluster; no secret. Does not cover what is true of a
-cluster: the sites know that.
+holds names, addresses and the id of the process that keeps the cluster; no secret. Whoever keeps a cluster writes its
+file again with every renewal, so that a file whose keeper was killed is known to be out of date once the leases are
+over: whoever looks or starts a cluster next removes it. Does not cover what is true of a cluster: the sites know that.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -17,6 +19,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from meshcompute.errors import MeshError
 
 __all__ = ["ClusterRecord", "UnknownClusterError", "find_record", "forget", "record_folder", "records", "remember"]
+
+
+LEASES_REMEMBERED = 1.5  # one lease, and as long as a renewal may have been on its way
+LOG_REMEMBERED_SECONDS = 3600.0  # longer than a boot may take
 
 
 class UnknownClusterError(MeshError, LookupError):
@@ -60,6 +66,7 @@ class ClusterRecord(BaseModel):
     site_command: str
     client_address: str
     dashboard_address: str | None
+    lease_seconds: float
     pid: int
     pid_started: str
 
@@ -95,13 +102,14 @@ def record_folder() -> Path:
 
 
 def remember(record: ClusterRecord) -> None:
-    """Write a record; the old one of the same name is replaced.
+    """Write a record, or write it again to say that the cluster is kept; the old one of the same name is replaced.
 
     Parameters
     ----------
     record
         The cluster.
     """
+    records()  # sweeps what others have left
     path = record_folder() / f"{record.name}.json"
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(record.model_dump_json())
@@ -123,7 +131,7 @@ def forget(name: str) -> None:
 
 
 def records() -> list[ClusterRecord]:
-    """Read all records of this person.
+    """Read all records of this person, and remove those of clusters whose keeper was killed and whose leases are over.
 
     Returns
     -------
@@ -134,11 +142,23 @@ def records() -> list[ClusterRecord]:
     found = []
     for path in sorted(folder.glob("*.json")):
         with contextlib.suppress(OSError, ValidationError):  # it ended just now, or another release wrote it
-            found.append(ClusterRecord.model_validate_json(path.read_text()))
+            record = ClusterRecord.model_validate_json(path.read_text())
+            if record.is_kept() or _age_seconds(path) < LEASES_REMEMBERED * record.lease_seconds:
+                found.append(record)
+            else:
+                path.unlink()
+    for path in folder.glob("*.log"):  # of clusters in the background
+        with contextlib.suppress(OSError):
+            if not path.with_suffix(".json").exists() and _age_seconds(path) > LOG_REMEMBERED_SECONDS:
+                path.unlink()
     if not found:
         with contextlib.suppress(OSError):
             folder.rmdir()
     return found
+
+
+def _age_seconds(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def find_record(name: str | None) -> ClusterRecord:

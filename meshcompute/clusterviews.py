@@ -14,7 +14,7 @@ from collections.abc import Callable
 from meshcompute.clusterrecord import ClusterRecord, forget, record_folder
 from meshcompute.errors import MeshError
 from meshcompute.meshplan import SCHEDULER_SITE
-from meshcompute.meshsites import attached_sites
+from meshcompute.meshrecords import attached_sites
 from meshcompute.protocol import ClusterStatus
 from meshcompute.sites import SiteError, SiteRefusedError
 

@@ -1,8 +1,8 @@
 """All sites of one cluster, acted on together.
 
-Covers reaching them, driving a boot through the stages of :mod:`meshcompute.meshplan`, renewing leases, changing the
-number of workers, and taking everything down. Does not cover Dask: whether workers are registered, only the scheduler
-knows (:mod:`meshcompute.cluster`).
+Covers reaching them, driving a boot through the stages of :mod:`meshcompute.meshplan`, renewing a lease, changing the
+number of workers, and taking everything down. Does not cover when to renew (:mod:`meshcompute.renewals`), nor Dask:
+whether workers are registered, only the scheduler knows (:mod:`meshcompute.cluster`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 
-from meshcompute.clusterrecord import ClusterRecord
 from meshcompute.control import SiteClient, SiteControl
 from meshcompute.meshplan import (
     SCHEDULER_SITE,
@@ -30,13 +29,12 @@ from meshcompute.meshplan import (
     why_failed,
 )
 from meshcompute.protocol import MAX_EPOCH, ClusterStatus, SchedulerRequest, SiteInfo, WorkerRequest
-from meshcompute.sites import SiteError, SiteRefusedError, SiteUnreachableError, parse_site
+from meshcompute.sites import SiteError, SiteRefusedError, SiteUnreachableError
 
-__all__ = ["MeshSites", "SiteStartError", "attached_sites"]
+__all__ = ["MeshSites", "SiteStartError"]
 
 logger = logging.getLogger("meshcompute.cluster")
 
-RENEWALS_PER_LEASE = 6  # of 120 s: every 20 s
 RENEW_TIMEOUT_SECONDS = 10.0
 REMOVE_TIMEOUT_SECONDS = 20.0
 FIRST_LOOK_SECONDS = 0.02
@@ -83,7 +81,6 @@ class MeshSites:
         self.infos: dict[int, SiteInfo] = {}
         self.statuses: dict[int, ClusterStatus] = {}
         self.left_out: dict[int, SiteError] = {}
-        self.on_lost: Callable[[int, SiteError], None] = lambda _site, _error: None
         self._default_workers = workers
         self._allow_partial = allow_partial
         self._say = say
@@ -91,6 +88,7 @@ class MeshSites:
         self._epochs: dict[int, int] = {}  # the last one that each site has accepted
         self._stage: Stage = "keys"
         self._told: set[int] = set()  # sites that may have something of ours
+        self._lost: dict[int, SiteControl] = {}  # those of them that should have nothing any more
         self._is_booting = True
         self._changing = asyncio.Lock()
 
@@ -281,56 +279,56 @@ class MeshSites:
 
         await asyncio.gather(*(refresh_one(site) for site in self.controls))
 
-    async def renew_forever(self) -> None:
-        """Renew every site's lease until cancelled; hand round new keys of gateways that had to make one."""
-        async with asyncio.TaskGroup() as tasks:
-            for site in list(self.controls):
-                tasks.create_task(self._renew_one(site), name=f"renew {site}")
+    def has_part(self, site: int) -> bool:
+        """Tell whether a site has accepted its part of the cluster.
 
-    async def _renew_one(self, site: int) -> None:
-        interval = self.plan.lease_seconds / RENEWALS_PER_LEASE
-        silent_since: float | None = None
-        while True:
-            await asyncio.sleep(interval if silent_since is None else interval / 4)
-            if site not in self.controls:
-                return
-            if site not in self._epochs:
-                continue  # it has nothing of ours yet
-            begin = time.monotonic()
-            try:
-                self.statuses[site] = await self._renew(site)
-            except SiteRefusedError as exc:
-                if exc.kind in ("not_found", "conflict"):
-                    self.on_lost(site, exc)
-                    return
-                logger.warning("lease not renewed site=%s error=%s", self.name_of(site), exc)
-            except SiteUnreachableError as exc:
-                if silent_since is None:
-                    silent_since = begin
-                    self._say(f"{exc}; trying on, its lease ends in {self.plan.lease_seconds:g} s")
-            else:
-                if silent_since is not None:
-                    self._say(f"{self.name_of(site)}: back after {time.monotonic() - silent_since:.0f} s")
-                silent_since = None
-                if self.statuses[site].phase in ("removing", "gone"):
-                    self.on_lost(site, SiteStartError(self.name_of(site), "the cluster was ended there"))
-                    return
-                await self._hand_round_new_keys()
+        Parameters
+        ----------
+        site
+            Its number.
 
-    async def _renew(self, site: int) -> ClusterStatus:
+        Returns
+        -------
+        bool
+            Whether there is anything to renew.
+        """
+        return site in self._epochs
+
+    async def renew(self, site: int) -> ClusterStatus:
+        """Renew a site's lease.
+
+        Parameters
+        ----------
+        site
+            Its number.
+
+        Returns
+        -------
+        ClusterStatus
+            What is true there; it may have ended its part.
+
+        Raises
+        ------
+        SiteError
+            It cannot be reached, or does not want to.
+        """
+
         async def renewal(client: SiteClient) -> ClusterStatus:
             async with asyncio.timeout(RENEW_TIMEOUT_SECONDS):
                 return await client.renew(self.plan.cluster_id, self._epochs[site])
 
         try:
-            return await self._call(site, renewal, attempts=2)
+            status = await self._call(site, renewal, attempts=2)
         except SiteRefusedError as exc:
             if exc.kind != "conflict":
                 raise
             # A change of ours may have overtaken the renewal, and counts as one; or the cluster has ended there.
-            return await self._call(site, lambda client: client.status(self.plan.cluster_id))
+            status = await self._call(site, lambda client: client.status(self.plan.cluster_id))
+        self.statuses[site] = status
+        return status
 
-    async def _hand_round_new_keys(self) -> None:
+    async def hand_round_new_keys(self) -> None:
+        """Tell all sites the new key of a gateway that had to make one."""
         learnt = learn(self.plan, self.statuses)
         if learnt == self.plan or self._changing.locked():
             return
@@ -340,6 +338,22 @@ class MeshSites:
             await self._tell("run", time.monotonic() + self.plan.lease_seconds)
         except SiteError as exc:
             logger.warning("key not handed round: %s", exc)
+
+    def lose(self, site: int, error: SiteError) -> None:
+        """Go on without a site that has ended its part.
+
+        Parameters
+        ----------
+        site
+            Its number.
+        error
+            Why it has.
+        """
+        self.left_out[site] = error
+        self._lost[site] = self.controls.pop(site)
+        self.infos.pop(site, None)
+        self.statuses.pop(site, None)
+        self.plan = self.plan.without({site})
 
     async def set_containers(self, site: int, containers: int, *, deadline: float) -> None:
         """Ask a site for another number of worker containers, and wait until it is true.
@@ -401,6 +415,7 @@ class MeshSites:
         bool
             Whether every site said that nothing is left; else the rest goes when its lease ends.
         """
+        self.controls |= self._lost  # asked once more: what they say is better than what we think
         told = sorted(self.controls if is_everywhere else self._told & set(self.controls))
         results = await asyncio.gather(*(self._remove_one(site) for site in told))
         self._told.clear()
@@ -437,33 +452,3 @@ class MeshSites:
             return True
         self._say(f"{error}; it ends its part by itself within {self.plan.lease_seconds:g} s, with its lease")
         return False
-
-
-def attached_sites(record: ClusterRecord, *, say: Callable[[str], None]) -> MeshSites:
-    """Find the sites of a cluster that another process keeps.
-
-    Parameters
-    ----------
-    record
-        The cluster.
-    say
-        Called with lines for people.
-
-    Returns
-    -------
-    MeshSites
-        With nothing reached yet.
-    """
-    addresses = {SCHEDULER_SITE: record.scheduler, **record.sites}
-    controls = {
-        number: SiteControl(parse_site(address, socket=record.socket), ssh=record.ssh, site_command=record.site_command)
-        for number, address in addresses.items()
-    }
-    plan = MeshPlan(
-        cluster_id=record.cluster_id,
-        name=record.name,
-        prefix=record.prefix,
-        members=(),
-        scheduler=SchedulerRequest(),
-    )
-    return MeshSites(controls, plan, workers=WorkerRequest(), say=say)

@@ -56,7 +56,7 @@ class Scaler:
         """
         each = {site: self._processes_per_container(site) for site in workers_by_site}
         wanted = {site: containers_for(workers, each[site]) for site, workers in workers_by_site.items()}
-        self._forget(workers_by_site)
+        self.forget(workers_by_site)
         for site, containers in wanted.items():
             await self._set(site, containers)
 
@@ -72,15 +72,22 @@ class Scaler:
         interval_seconds
             How long between two looks.
         """
-        self._forget(sites)
+        self.forget(sites)
         for site in sites:
             self._adapting[site] = asyncio.create_task(self._adapt(site, minimum, maximum, interval_seconds))
 
     def stop(self) -> None:
         """Adapt nothing any more."""
-        self._forget(list(self._adapting))
+        self.forget(list(self._adapting))
 
-    def _forget(self, sites: Collection[int]) -> None:
+    def forget(self, sites: Collection[int]) -> None:
+        """Adapt sites no more.
+
+        Parameters
+        ----------
+        sites
+            Their numbers.
+        """
         for site in sites:
             if site in self._adapting:
                 self._adapting.pop(site).cancel()
