@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from meshcompute.lab.systemd import desired_units, render_devices, render_start
 from meshcompute.lab.topology import Account, Host, Lab
 
 __all__ = [
@@ -111,7 +112,7 @@ def desired_files(
         PlacedFile(path="/etc/hosts", text=f"127.0.0.1\tlocalhost\n::1\tlocalhost\n{names}"),
         PlacedFile(path="/etc/ssh/lab/host_key", text=private, mode=0o600, is_ours=True),
         PlacedFile(path="/etc/ssh/lab/host_key.pub", text=public, is_ours=True),
-        PlacedFile(path="/etc/ssh/lab/sshd_config", text=_SSHD_CONFIG.format(ready=READY_FILE, path=lab.path)),
+        PlacedFile(path="/etc/ssh/lab/sshd_config", text=_SSHD_CONFIG.format(ready=READY_FILE, path=lab.path_of(host))),
         # A home of the machine's root may hold keys of the machine's.
         PlacedFile(path="/root/.ssh/README", text="The lab hides the machine's own keys.\n", is_ours=True),
     ]
@@ -135,7 +136,7 @@ def _desired_home(
         path = f"{folder}/{name}"
         return PlacedFile(path=path, text=text, mode=mode, uid=owner.uid, gid=owner.gid, is_ours=True)
 
-    files = [file(".profile", f"PATH={lab.path}\n")] if owner.uid else []
+    files = [file(".profile", f"PATH={lab.path_of(host)}\n")] if owner.uid else []
     if host.is_site:
         return [*files, file(".ssh/authorized_keys", key[1], 0o600)]
     config = _SSH_CONFIG.format(
@@ -194,7 +195,7 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         "mount -t proc proc root/proc",
         "mount -t sysfs sysfs root/sys",
         "if [ -d /sys/fs/cgroup ]; then mount --rbind /sys/fs/cgroup root/sys/fs/cgroup; fi",
-        "mount --rbind /dev root/dev",
+        *(render_devices() if host.has_systemd else ["mount --rbind /dev root/dev"]),
         "mount -t tmpfs -o mode=1777 shm root/dev/shm",
         "mount -t tmpfs -o mode=0755 run root/run",
         "mkdir -p root/run/lock root/run/sshd root/data root/var/lib/docker",
@@ -209,6 +210,16 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         lines.append(f"mount --bind -o ro {host.data} {data}")
     if lab.shared is not None and not host.is_site:
         lines += [f"mkdir -p root{lab.shared}", f"mount --rbind {lab.shared} root{lab.shared}"]
+    if host.has_systemd:
+        start = render_start(f"{lab.cgroup}/{host.name}.systemd")
+    else:
+        start = (
+            # Logins without a terminal look in few folders only.
+            "for program in meshcompute meshcompute-site; do",
+            "    if found=$(command -v $program); then ln -sf $found /usr/local/bin/$program; fi",
+            "done",
+            "exec tini -- sh /etc/lab/services </dev/null >/var/log/lab/services.log 2>&1",
+        )
     lines += [
         "cd root",
         "pivot_root . mnt",
@@ -216,15 +227,11 @@ def render_init(lab: Lab, host: Host, *, folder: str, mounts: tuple[str, ...]) -
         "umount -l /mnt",
         f"hostname {host.name}",
         f"mkdir -p {LOG_FOLDER}",
-        # Logins without a terminal look in few folders only.
-        "for program in meshcompute meshcompute-site; do",
-        "    if found=$(command -v $program); then ln -sf $found /usr/local/bin/$program; fi",
-        "done",
         "ip link set lo up",
         f"ip link set {UPLINK} addrgenmode none",  # it would ask the WAN for IPv6 routers, and spoil the counters
         f"ip link set {UPLINK} txqueuelen {QUEUE_PACKETS} up",
         *render_addresses(host, has_nat=host.has_nat),
-        "exec tini -- sh /etc/lab/services </dev/null >/var/log/lab/services.log 2>&1",
+        *start,
     ]
     return "\n".join(lines) + "\n"
 
@@ -255,15 +262,30 @@ def render_addresses(host: Host, *, has_nat: bool) -> tuple[str, ...]:
     )
 
 
-def desired_services(lab: Lab, host: Host) -> tuple[PlacedFile, ...]:
-    """List the scripts that run a host's services; each can be started again by ``sh /etc/lab/<service>``."""
-    head = f"umask 022\nexport PATH={lab.path} HOME=/root LANG=C.UTF-8\n"
+def desired_services(lab: Lab, host: Host, units: Mapping[str, str]) -> tuple[PlacedFile, ...]:
+    """List the scripts that run a host's services; each can be started again by ``sh /etc/lab/<service>``.
+
+    Parameters
+    ----------
+    lab
+        The lab.
+    host
+        The host.
+    units
+        Text of the machine's own units that a host with systemd needs.
+
+    Returns
+    -------
+    tuple of PlacedFile
+        The scripts, and what starts them.
+    """
+    head = f"umask 022\nexport PATH={lab.path_of(host)} HOME=/root LANG=C.UTF-8\n"
     scripts = {"sshd": "exec /usr/sbin/sshd -D -e -f /etc/ssh/lab/sshd_config"}
     files = []
     if lab.engine:
         engine = "exec dockerd --bridge=none --iptables=false --ip6tables=false --storage-driver=overlay2"
         scripts["engine"] = f"{engine} --cgroup-parent={lab.cgroup}/{host.name}"
-    if lab.daemon:
+    if lab.daemon and not host.has_systemd:
         folders = "mkdir -p /run/meshcompute /var/lib/meshcompute"
         scripts["site"] = f"{folders}\nexec meshcompute-site serve --config {SITE_FILE}"
         files.append(PlacedFile(path=SITE_FILE, text=render_site(lab, host)))
@@ -271,6 +293,9 @@ def desired_services(lab: Lab, host: Host) -> tuple[PlacedFile, ...]:
         PlacedFile(path=f"/etc/lab/{name}", text=f"{head}exec >>{LOG_FOLDER}/{name}.log 2>&1\n{script}\n")
         for name, script in scripts.items()
     ]
+    if host.has_systemd:
+        wanted = desired_units(units, tuple(scripts)).items()
+        return (*files, *(PlacedFile(path=path, text=text, is_ours=True) for path, text in wanted))
     # sshd is the one whose end is the host's.
     starts = [f"(sh /etc/lab/{name}; touch /run/lab.{name}.ended) &" for name in scripts if name != "sshd"]
     files.append(PlacedFile(path="/etc/lab/services", text="\n".join([*starts, "exec sh /etc/lab/sshd"]) + "\n"))

@@ -24,6 +24,7 @@ from meshcompute.lab.files import (
     render_addresses,
     render_init,
 )
+from meshcompute.lab.systemd import NEEDED_UNITS, UNIT_FOLDER
 from meshcompute.lab.topology import Host, Lab
 
 __all__ = ["RunningHost", "make_keys", "place", "set_addresses", "start_host", "wait_until_ready"]
@@ -160,7 +161,8 @@ def start_host(
     upper = folder / "upper"
     upper.mkdir(parents=True, mode=0o755)
     files = desired_files(lab, host, machine=machine, host_keys=host_keys, user_keys=user_keys)
-    for file in (*files, *desired_services(lab, host)):
+    units = {name: Path(UNIT_FOLDER, name).read_text() for name in NEEDED_UNITS} if host.has_systemd else {}
+    for file in (*files, *desired_services(lab, host, units)):
         place(upper, file)
     for path in lab.readable:
         _open_way(upper, Path(path))
@@ -209,7 +211,7 @@ def wait_until_ready(lab: Lab, running: RunningHost, folder: Path) -> None:
     waiting_for = {"sshd": (running.root / READY_FILE.lstrip("/")).exists}
     if lab.engine:
         waiting_for["engine"] = lambda: _answers(running.root / "run/docker.sock", "/_ping")
-    if lab.daemon:
+    if lab.daemon and not running.host.has_systemd:
         waiting_for["site"] = lambda: _answers(running.root / "run/meshcompute/site.sock", "/v1/health")
     while waiting_for:
         waiting_for = {name: is_ready for name, is_ready in waiting_for.items() if not _is_true(is_ready)}

@@ -191,10 +191,11 @@ class RunningLab:
         status = self.status()
         if host not in status.pids:
             raise LabError(f"The lab has no host {host!r}. Its hosts: {', '.join(status.pids)}.")
+        path = next(status.lab.path_of(each) for each in status.lab.hosts if each.name == host)
         home = "/root" if user == "root" else f"/home/{user}"
         given = os.environ if environment is None else environment
         variables = {name: value for name, value in given.items() if name not in FOREIGN_VARIABLES}
-        variables |= {"HOME": home, "USER": user, "LOGNAME": user, "PATH": status.lab.path}
+        variables |= {"HOME": home, "USER": user, "LOGNAME": user, "PATH": path}
         become = [] if user == "root" else [f"--reuid={user}", f"--regid={user}", "--init-groups"]
         enter = ["nsenter", f"--target={status.pids[host]}", "--mount", "--net", "--pid", "--uts", "--ipc"]
         start = ["sh", "-c", 'cd "$1" 2>/dev/null || cd; shift; exec "$@"', "sh", str(folder or Path.cwd()), *command]

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from meshcompute.lab.errors import LabError, LabMissingError, LabStartError, LabStateError
 from meshcompute.lab.running import CGROUPS, RunningLab, address_of, sweep_cgroups
+from meshcompute.lab.systemd import PROGRAM
 from meshcompute.lab.topology import ACCOUNTS, Account, Lab
 
 __all__ = [
@@ -111,6 +112,8 @@ def check_machine(lab: Lab) -> None:
         raise LabMissingError(
             f"A lab needs {', '.join(missing)}, not found on this machine. Install it: apt-get install {packages}"
         )
+    if any(host.has_systemd for host in lab.hosts) and not Path(PROGRAM).exists():
+        raise LabMissingError(f"A host with systemd needs {PROGRAM} of this machine: apt-get install systemd")
     for part, file in (("TUN devices", "/dev/net/tun"), ("namespaces of processes", "/proc/self/ns/pid")):
         if not Path(file).exists():
             raise LabMissingError(f"A lab needs {part} ({file}), which this machine's kernel does not offer.")

@@ -33,6 +33,9 @@ class Host:
         Folder of the machine that appears, read-only, as ``/data/<name>``; ``None`` makes an empty one in memory.
     has_nat
         Whether the host stands behind a router with NAT from the beginning.
+    has_systemd
+        Whether systemd is its process 1, as on an operator's host. Then nothing of meshcompute is there: it can be
+        installed.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Host:
     is_site: bool = True
     data: str | None = None
     has_nat: bool = False
+    has_systemd: bool = False
 
     @property
     def inner_address(self) -> IPv4Address:
@@ -78,7 +82,7 @@ class Lab:
     shared
         Folder of the machine that the client's host shares, so that what it writes there stays.
     path
-        Search path of programs at every host.
+        Search path of programs at every host, but those with systemd.
     readable
         Files and folders of the machine that the accounts of hosts can reach, whatever their parents forbid: the
         Python that runs us, if it lies in root's home. The machine's own permissions stay as they are.
@@ -93,7 +97,7 @@ class Lab:
     engine
         Whether each host has a Docker engine of its own.
     daemon
-        Whether each host runs ``meshcompute-site``.
+        Whether each host runs ``meshcompute-site``, but those with systemd.
     image_store
         Folder with the layers of images that every engine knows from the start (see :mod:`meshcompute.lab.images`).
     """
@@ -120,6 +124,10 @@ class Lab:
     def cgroup(self) -> str:
         """The cgroup below which all containers of the lab are, as seen from the root of each hierarchy."""
         return f"/meshcompute-lab/{self.name}"
+
+    def path_of(self, host: Host) -> str:
+        """Tell the search path of programs at a host."""
+        return SYSTEM_PATH if host.has_systemd else self.path
 
     def to_json(self) -> dict[str, Any]:
         """Render for another process."""
