@@ -30,6 +30,9 @@ _PRE_SPAWN = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 
+# What `dask worker` imports before it looks at its options.
+_IMPORTS_OF_WORKERS = ["dask.cli", "distributed.cli.dask_worker"]
+
 
 def spill_bytes_of(spec: WorkerSpec) -> int:
     """How much one process of a unit may spill, in bytes."""
@@ -65,6 +68,7 @@ def plan_unit(
     python: str,
     scratch: str,
     grace_seconds: float,
+    nursery: str,
     listener: str | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
@@ -80,6 +84,8 @@ def plan_unit(
         A folder that they can write, as they see it.
     grace_seconds
         How long they may take to end by themselves.
+    nursery
+        The file of :mod:`.nursery`, as workers see it.
     listener
         The file of :mod:`.locallistener`, as a scheduler sees it, if it is to listen on its own 127.0.0.1, too.
     environment
@@ -91,12 +97,14 @@ def plan_unit(
         What :class:`.entrypoint.Keeper` takes; it can be written as JSON.
     """
     surroundings = {**_environment(spec), **(environment or {})}
+    has_nursery = spec.role == "worker" and len(spec.process_names) > 1  # for one there is nothing to share
     return {
         "address": None if spec.address is None else str(spec.address),
         "address_timeout_seconds": ADDRESS_TIMEOUT_SECONDS,
         "grace_seconds": grace_seconds,
         "scratch": scratch,
         "log_bytes_max": LOG_BYTES_MAX,
+        "nursery": {"argv": [python, nursery], "imports": _IMPORTS_OF_WORKERS} if has_nursery else None,
         "replaces": spec.role == "worker",  # what a scheduler knew is lost with it
         "processes": [
             {"name": name, "argv": _command(spec, name, python, scratch, listener), "environment": surroundings}

@@ -32,7 +32,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig, Mount
 
 import docker
-from controlplane.workers import entrypoint, locallistener, relay
+from controlplane.workers import entrypoint, locallistener, nursery, relay
 from controlplane.workers.base import (
     ImageError,
     RuntimeUnknownError,
@@ -314,10 +314,17 @@ class DockerRuntime:
     def _give(self, spec: WorkerSpec) -> None:
         """Fill the folder that the container sees; what runs in it comes along, so that any image with Dask will do."""
         listener = f"{GIVEN}/locallistener.py" if spec.role == "scheduler" and spec.address is not None else None
-        plan = plan_unit(spec, python="python3", scratch=SCRATCH, grace_seconds=GRACE_SECONDS, listener=listener)
+        plan = plan_unit(
+            spec,
+            python="python3",
+            scratch=SCRATCH,
+            grace_seconds=GRACE_SECONDS,
+            nursery=f"{GIVEN}/nursery.py",
+            listener=listener,
+        )
         try:
             self.folder.create(spec, plan)
-            for module in (entrypoint, locallistener):
+            for module in (entrypoint, nursery, locallistener):
                 copy = self.folder.given(spec.name) / Path(str(module.__file__)).name
                 shutil.copyfile(str(module.__file__), copy)
                 copy.chmod(0o644)

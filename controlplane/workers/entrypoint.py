@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import math
 import os
 import selectors
 import shutil
@@ -95,8 +96,9 @@ class Keeper:
     ----------
     plan
         ``processes`` (``name``, ``argv``, ``environment``), ``address`` to wait for or ``None``,
-        ``address_timeout_seconds``, ``grace_seconds``, ``scratch``, ``log_bytes_max``, and ``replaces``: whether a
-        process that exits is started again.
+        ``address_timeout_seconds``, ``grace_seconds``, ``scratch``, ``log_bytes_max``, ``replaces``: whether a
+        process that exits is started again, and ``nursery`` (``argv``, ``imports``): the program from which they all
+        come at first, with the environment of the first (:mod:`.nursery`), or ``None``.
     lease
         When to end.
     """
@@ -111,6 +113,9 @@ class Keeper:
         self._is_over = False
         self._selector = selectors.DefaultSelector()
         self._libc = ctypes.CDLL(None)
+        self._nursery: subprocess.Popen[bytes] | None = None
+        self._reports: int | None = None  # of the nursery, as long as it may write
+        self._reported = b""
 
     def run(self) -> int:
         """Do all of it.
@@ -123,7 +128,10 @@ class Keeper:
         self._libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # children of tasks come to us when their parent ends
         self._listen_to_signals()
         os.set_blocking(1, False)  # an engine that has died must not keep us from ending: see _write
+        self._start_nursery()
         code = self._wait_for_address()
+        if code is None:
+            self._release_nursery()
         while code is None:
             code = self._reason_to_end()
             if code is None:
@@ -174,11 +182,14 @@ class Keeper:
     def _turn(self, seconds: float = TICK_SECONDS) -> None:
         """Wait for something to happen, and take it in."""
         for key, _ in self._selector.select(seconds):
+            if key.fd == self._reports:
+                continue
             data = b""
             with contextlib.suppress(BlockingIOError):
                 data = os.read(key.fd, LINE_BYTES_MAX)
             if isinstance(key.data, _Kept):
                 self._forward(key.data, key.fd, data)
+        self._hear_nursery()
         self._reap()
 
     # Processes
@@ -190,27 +201,11 @@ class Keeper:
                 self._start(kept, now)
 
     def _start(self, kept: _Kept, now: float) -> None:
-        keeper = os.getpid()
-
-        def die_with_keeper() -> None:
-            self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != keeper:
-                os._exit(1)
-
         kept.started = now
         reader, writer = os.pipe()
         try:
             kept.scratch.mkdir(parents=True, exist_ok=True)
-            process = subprocess.Popen(
-                kept.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=writer,
-                stderr=writer,
-                cwd=kept.scratch,
-                env={**os.environ, **kept.environment},
-                start_new_session=True,  # a group of its own, so that what it starts ends with it
-                preexec_fn=die_with_keeper,  # noqa: PLW1509 - this program has one thread
-            )
+            process = self._popen(kept.argv, kept.environment, writer, stdin=subprocess.DEVNULL, cwd=kept.scratch)
         except OSError as exc:
             os.close(reader)
             self._say(f"{kept.name} cannot be started: {exc}")
@@ -219,10 +214,98 @@ class Keeper:
         finally:
             os.close(writer)
         kept.pid = process.pid
+        self._listen_to(kept, reader)
+
+    def _popen(
+        self, argv: list[str], environment: dict[str, str], output: int, **options: Any
+    ) -> subprocess.Popen[bytes]:
+        keeper = os.getpid()
+
+        def die_with_keeper() -> None:
+            self._libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != keeper:
+                os._exit(1)
+
+        process = subprocess.Popen(
+            argv,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,  # a group of its own, so that what it starts ends with it
+            preexec_fn=die_with_keeper,  # noqa: PLW1509 - this program has one thread
+            **options,
+        )
         process.returncode = 0  # waited for in _reap, with everybody else
+        return process
+
+    def _listen_to(self, kept: _Kept, reader: int) -> None:
         os.set_blocking(reader, False)
         kept.output = reader
         self._selector.register(reader, selectors.EVENT_READ, kept)
+
+    # The nursery, from which they come at first
+
+    def _start_nursery(self) -> None:
+        """Let it import while the address is awaited; without it each process is started by itself."""
+        if self.plan["nursery"] is None:
+            return
+        reports, report = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        outputs = [os.pipe() for _ in self.kept]
+        writers = [writer for _, writer in outputs]
+        room = max(sum(len(os.fsencode(word)) + 1 for word in kept.argv) for kept in self.kept)
+        argv = [
+            *self.plan["nursery"]["argv"],
+            str(self.lease.folder),
+            str(report),
+            ",".join(map(str, writers)),
+            " " * room,
+        ]
+        try:
+            for kept in self.kept:
+                kept.scratch.mkdir(parents=True, exist_ok=True)
+            fds = (self.lease.folder, report, *writers)
+            environment = self.kept[0].environment
+            self._nursery = self._popen(argv, environment, writers[0], stdin=subprocess.PIPE, pass_fds=fds)
+        except OSError as exc:
+            self._say(f"the nursery cannot be started: {exc}")
+            for fd in (reports, *(reader for reader, _ in outputs)):
+                os.close(fd)
+            return
+        finally:
+            for fd in (report, *writers):
+                os.close(fd)
+        self._reports = reports
+        self._selector.register(reports, selectors.EVENT_READ)
+        for kept, (reader, _) in zip(self.kept, outputs, strict=True):
+            kept.start_again = math.inf
+            self._listen_to(kept, reader)
+
+    def _release_nursery(self) -> None:
+        """Tell it that the address is there."""
+        if self._nursery is not None:
+            assert self._nursery.stdin is not None
+            with contextlib.suppress(BrokenPipeError), self._nursery.stdin as stdin:
+                stdin.write(b"\n")
+
+    def _hear_nursery(self) -> None:
+        """Take note of processes that it has made, and at its end start those that it has not."""
+        while self._reports is not None:
+            try:
+                data = os.read(self._reports, LINE_BYTES_MAX)
+            except BlockingIOError:
+                return
+            *lines, self._reported = (self._reported + data).split(b"\n")
+            for line in lines:
+                number, pid = map(int, line.split())
+                self.kept[number].pid, self.kept[number].started = pid, time.monotonic()
+            if not data:  # it and all that it has made have closed the other end
+                self._selector.unregister(self._reports)
+                os.close(self._reports)
+                self._reports = None
+                for kept in self.kept:
+                    if kept.pid is None and kept.start_again == math.inf:
+                        self._say(f"{kept.name} does not come from the nursery, and is started by itself")
+                        kept.start_again = 0.0
 
     def _plan_restart(self, kept: _Kept) -> None:
         self._is_over |= not self.plan["replaces"]
@@ -239,6 +322,7 @@ class Keeper:
                 return
             if ended is None:
                 return
+            self._hear_nursery()  # before it ends, it has named all that may have ended after it
             kept = next((k for k in self.kept if k.pid == ended.si_pid), None)
             if kept is not None:
                 # Before its number can be given to another: whatever it has started goes with it.

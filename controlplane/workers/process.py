@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from controlplane.workers import entrypoint
+from controlplane.workers import entrypoint, nursery
 from controlplane.workers.base import UnitStartError, WorkerSpec, WorkerState
 from controlplane.workers.commands import plan_unit, reason_of
 from controlplane.workers.namespaces import find_namespace, submounts_of, wrap
@@ -160,7 +160,12 @@ class ProcessRuntime:
             self._link_views(spec)
         scratch = self.folder.folder(spec.name) / "scratch"
         plan = plan_unit(
-            spec, python=self.python, scratch=str(scratch), grace_seconds=GRACE_SECONDS, environment=self.environment
+            spec,
+            python=self.python,
+            scratch=str(scratch),
+            grace_seconds=GRACE_SECONDS,
+            nursery=nursery.__file__,
+            environment=self.environment,
         )
         self.folder.create(spec, plan)
         scratch.mkdir(mode=0o700)

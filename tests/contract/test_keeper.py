@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from controlplane.workers import entrypoint
+from controlplane.workers import entrypoint, nursery
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def keep(tmp_path):
             for number, script in enumerate(scripts)
         ]
         defaults = {"address": None, "address_timeout_seconds": 1.0, "grace_seconds": 0.5, "log_bytes_max": 1 << 20}
-        defaults |= {"replaces": True, "scratch": str(tmp_path / "scratch"), "processes": processes}
+        defaults |= {"replaces": True, "nursery": None, "scratch": str(tmp_path / "scratch"), "processes": processes}
         plan = {**defaults, **plan}
         (tmp_path / "given").mkdir()
         (tmp_path / "given/plan.json").write_text(json.dumps(plan))
@@ -150,3 +150,80 @@ def test_where_nothing_is_replaced_the_end_of_one_process_is_the_end_of_the_unit
     said = keeper.stdout.read().decode()
     assert "p1 ended with code 7" in said
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
+
+
+# Says what it is, as `python -m job`; what the nursery has imported for it says where.
+JOB = """
+import json, os, random, sys, time
+from pathlib import Path
+about = {"pid": os.getpid(), "parent": os.getppid(), "session": os.getsid(0), "argv": sys.argv[1:], "name": __name__}
+about |= {"folder": os.getcwd(), "shown": Path("/proc/self/cmdline").read_text().rstrip(chr(0)).split(chr(0))}
+about |= {"chance": random.random(), "imported": getattr(sys, "imported_in", None)}
+about |= {"variable": os.environ["NUMBER"], "fds": sorted(os.listdir("/proc/self/fd"))}
+print("hello from", sys.argv[1], flush=True)
+Path(sys.argv[2], "new-" + sys.argv[1]).write_text(json.dumps(about))
+Path(sys.argv[2], "new-" + sys.argv[1]).rename(Path(sys.argv[2], sys.argv[1]))
+time.sleep(100)
+"""
+
+
+@pytest.fixture
+def hatch(keep, tmp_path):
+    """Start a keeper with two processes that come from a nursery; waits for both and gives what they say."""
+
+    def hatch(imports, **options):
+        (tmp_path / "path").mkdir()
+        (tmp_path / "path/job.py").write_text(JOB)
+        (tmp_path / "path/shared.py").write_text("import os, sys\nsys.imported_in = os.getpid()\n")
+        environment = {"NUMBER": "7", "PYTHONPATH": str(tmp_path / "path")}
+        processes = [
+            {"name": name, "argv": [sys.executable, "-m", "job", name, str(tmp_path)], "environment": environment}
+            for name in ("p0", "p1")
+        ]
+        program = {"argv": [sys.executable, nursery.__file__], "imports": imports}
+        keeper = keep(processes=processes, nursery=program, **options)
+        return keeper, [said(tmp_path / name) for name in ("p0", "p1")]
+
+    return hatch
+
+
+def said(file):
+    wait(file.exists, f"{file.name} says what it is")
+    return json.loads(file.read_text())
+
+
+def test_what_comes_from_the_nursery_shares_its_imports_and_is_else_as_if_started_by_itself(hatch, tmp_path):
+    keeper, (first, second) = hatch(["shared"], address="::1")
+    assert first["imported"] == second["imported"] not in {None, first["pid"], second["pid"]}
+    assert first["chance"] != second["chance"]
+    (tmp_path / "p1").unlink()
+    subprocess.run(["kill", "-9", str(second["pid"])], check=True)
+    again = said(tmp_path / "p1")  # by itself, this time
+    assert (first["imported"], again["imported"]) == (second["imported"], None)
+    for about in (first, second, again):
+        assert (about["parent"], about["session"]) == (keeper.pid, about["pid"])
+        assert (about["name"], about["variable"]) == ("__main__", "7")
+        assert about["shown"] == [sys.executable, "-m", "job", *about["argv"]]
+        assert about["folder"] == str(tmp_path / "scratch" / about["argv"][0])
+        assert about["fds"] == again["fds"]
+    keeper.terminate()
+    output, _ = keeper.communicate(timeout=30)
+    assert output.count(b"p1 | hello from p1") == 2
+    assert b"p1 ended by signal 9" in output
+    for about in (first, again):
+        assert not Path(f"/proc/{about['pid']}").exists()
+
+
+def test_what_comes_from_the_nursery_dies_with_the_keeper(hatch):
+    keeper, processes = hatch([])
+    keeper.kill()
+    wait(lambda: not any(Path(f"/proc/{about['pid']}").exists() for about in processes), "the end of the processes")
+
+
+def test_without_the_nursery_everything_is_started_by_itself(hatch):
+    keeper, processes = hatch(["no_such_module"])
+    assert [about["imported"] for about in processes] == [None, None]
+    keeper.terminate()
+    output, _ = keeper.communicate(timeout=30)
+    assert b"No module named 'no_such_module'" in output
+    assert b"p1 does not come from the nursery" in output

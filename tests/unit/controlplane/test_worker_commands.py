@@ -48,7 +48,7 @@ def options_of(argv):
 
 
 def argv_of(spec, **options):
-    plan = plan_unit(spec, python="python3", scratch="/scratch", grace_seconds=5.0, **options)
+    plan = plan_unit(spec, python="python3", scratch="/scratch", grace_seconds=5.0, nursery="/n.py", **options)
     return plan["processes"][0]["argv"]
 
 
@@ -57,12 +57,12 @@ def container_of(spec):
 
 
 def test_a_plan_can_be_written_as_json_and_read_back():
-    plan = plan_unit(WORKERS, python="python3", scratch="/scratch", grace_seconds=5.0)
+    plan = plan_unit(WORKERS, python="python3", scratch="/scratch", grace_seconds=5.0, nursery="/n.py")
     assert json.loads(json.dumps(plan)) == plan
 
 
 def test_each_worker_has_its_own_name_and_its_own_folder():
-    plan = plan_unit(WORKERS, python="python3", scratch="/scratch", grace_seconds=5.0)
+    plan = plan_unit(WORKERS, python="python3", scratch="/scratch", grace_seconds=5.0, nursery="/n.py")
     found = [options_of(process["argv"]) for process in plan["processes"]]
     assert [options["--name"] for options in found] == ["ecmwf-1-0", "ecmwf-1-1"]
     assert [options["--local-directory"] for options in found] == ["/scratch/ecmwf-1-0", "/scratch/ecmwf-1-1"]
@@ -98,14 +98,19 @@ def test_a_scheduler_without_dashboard_still_keeps_its_http_server_to_itself():
 @pytest.mark.parametrize("lease", [10.0, 120.0, 3600.0])
 def test_connections_outlast_every_cut_that_the_lease_outlasts(lease):
     spec = replace(WORKERS, deadline_seconds=lease)
-    plan = plan_unit(spec, python="python3", scratch="/scratch", grace_seconds=5.0)
+    plan = plan_unit(spec, python="python3", scratch="/scratch", grace_seconds=5.0, nursery="/n.py")
     timeout = plan["processes"][0]["environment"]["DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP"]
     assert float(timeout.removesuffix("s")) > lease
 
 
 def test_further_variables_win_over_ours():
     plan = plan_unit(
-        WORKERS, python="python3", scratch="/s", grace_seconds=5.0, environment={"POOL_NAME": "x", "OTHER": "y"}
+        WORKERS,
+        python="python3",
+        scratch="/s",
+        grace_seconds=5.0,
+        nursery="/n.py",
+        environment={"POOL_NAME": "x", "OTHER": "y"},
     )
     environment = plan["processes"][0]["environment"]
     assert (environment["POOL_NAME"], environment["OTHER"]) == ("x", "y")
