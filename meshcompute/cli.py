@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import meshcompute
 from meshcompute import clustercli
@@ -51,18 +53,57 @@ def mesh() -> None:
     metavar="ADDRESS",
     help="Use this cluster instead of starting one; its workers carry resources pool-<site>. [DASK_SCHEDULER_ADDRESS]",
 )
-def demo(*, reference: bool, scale: float, output: Path, workers: int, keep: bool, scheduler: str | None) -> None:
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where the sites of that cluster have their files: FOLDER/<site>/<file>. [workers write them]",
+)
+@click.option(
+    "--lab",
+    "is_in_lab",
+    is_flag=True,
+    help="In data centres simulated on this machine, with containers and WireGuard (Linux, root).",
+)
+@click.option(
+    "--rate", type=float, metavar="MBIT", help="With --lab: what each link carries, in Mbit/s; else no limit."
+)
+@click.option("--delay", type=float, metavar="MS", help="With --lab: delay one way, in ms. [20]")
+@click.option("--image", metavar="FILE", help="With --lab: archive with the workers' image. [built]")
+@click.pass_context
+def demo(
+    ctx: click.Context,
+    /,
+    *,
+    is_in_lab: bool,
+    rate: float | None,
+    delay: float | None,
+    image: str | None,
+    workers: int,
+    **options: Any,
+) -> None:
     """Show one calculation on data of two sites: how it fails without pools, and the answer with them.
 
     Real data: the Met Office's climate scenarios A1B at one site and E1 at the other. The exit code is 0 only if the
-    result equals the one of plain xarray on plain files.
+    result equals the one of plain xarray on plain files. Without --scheduler and --lab, the sites are daemons of this
+    machine with plain processes as workers.
     """
+    if is_in_lab:
+        if options["data"] is not None or ctx.get_parameter_source("scheduler") is ParameterSource.COMMANDLINE:
+            raise click.UsageError("--lab starts a cluster and writes its data: leave --scheduler and --data away.")
+        options["scheduler"] = None
+    elif (rate, delay, image) != (None, None, None):
+        raise click.UsageError("--rate, --delay and --image are of the lab: add --lab.")
+    if options["data"] is not None and options["scheduler"] is None:
+        raise click.UsageError("--data is where the sites of a cluster have their files: add --scheduler.")
     from meshcompute.demo import Demo
+    from meshcompute.labdemo import run_demo_in_lab
 
     try:
-        is_right = Demo(
-            reference=reference, scale=scale, output=output, workers_per_site=workers, keep=keep, scheduler=scheduler
-        ).run()
+        shown = Demo(workers_per_site=workers, **options)
+        if is_in_lab:
+            sys.exit(run_demo_in_lab(shown, rate=rate, delay=20.0 if delay is None else delay, image=image))
+        is_right = shown.run()
     except (MeshError, OSError, ValueError) as exc:
         raise click.ClickException(str(exc)) from exc
     except KeyboardInterrupt:

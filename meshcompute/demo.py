@@ -1,23 +1,25 @@
 """``meshcompute demo``: one calculation on data of two sites, without pools and with them.
 
 Covers the order of what is shown, and what is printed. Does not cover the calculations (:mod:`meshcompute.showcases`),
-their data (:mod:`meshcompute.sampledata`) or the sites (:mod:`meshcompute.embedded`, or a cluster that is there).
+their data (:mod:`meshcompute.sampledata`) or the sites: those of this machine (:mod:`meshcompute.localsites`, with a
+:class:`~meshcompute.cluster.MeshCluster`), or of a cluster that is there.
 
 Notes
 -----
-The same steps run on the sites that the demo starts and on a cluster that somebody else started: the data is written
-by a worker of its site.
+The same steps run on the sites that the demo starts and on a cluster that somebody else started. There, the sites have
+the files already, or a worker of each writes its own.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -30,16 +32,19 @@ from distributed import Client, get_worker
 
 import meshcompute
 from meshcompute import sampledata
-from meshcompute.embedded import POOL_PREFIX, EmbeddedMesh
+from meshcompute.cluster import MeshCluster
+from meshcompute.embedded import POOL_PREFIX
 from meshcompute.errors import MeshError
+from meshcompute.localsites import LocalSites
 from meshcompute.scratch import ScratchFolder
 from meshcompute.shipping import by_value
 from meshcompute.showcases import Ensemble, Scenarios, Showcase
 
-__all__ = ["Demo"]
+__all__ = ["SITES", "Demo"]
 
 SITES = ("ecmwf", "eumetsat")  # the reference's two sites
 PROGRESS_TOPIC = "meshcompute-demo"
+LEASE_SECONDS = 30.0  # of the sites on this machine: how long their workers can outlive this process and the daemons
 
 
 class Demo:
@@ -59,6 +64,9 @@ class Demo:
         Whether to leave everything running until Ctrl-C.
     scheduler
         Address of a cluster to use; None starts one on this machine.
+    data
+        Folder in which each site of that cluster has its files already, as ``<data>/<site>/<file>``; None lets a worker
+        of each site write them to its folder for temporary files.
     say
         Prints a line.
     """
@@ -72,6 +80,7 @@ class Demo:
         workers_per_site: int = 4,
         keep: bool = False,
         scheduler: str | None = None,
+        data: Path | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.reference = reference
@@ -81,6 +90,7 @@ class Demo:
         self.workers_per_site = workers_per_site
         self.keep = keep
         self.scheduler = scheduler
+        self.data = data
         self.say = say or (lambda line: print(line, flush=True))
 
     def run(self) -> bool:
@@ -91,7 +101,7 @@ class Demo:
         bool
             Whether the result was that of plain xarray on plain files.
         """
-        self._check_output()
+        self.check_output()
         self.say(f"{self.showcase.title}\n")
         with self._sites() as sites, ExitStack() as delivered:
             self.say("1. The data: each file is at one site")
@@ -105,53 +115,85 @@ class Demo:
                 self._wait(sites, paths)
         return is_right
 
-    # The steps
+    def check_output(self) -> None:
+        """Find out now, not after the calculation, that the picture cannot be saved.
 
-    def _check_output(self) -> None:
-        """Find out now, not after the calculation, that the picture cannot be saved."""
+        Raises
+        ------
+        MeshError
+            Its folder does not exist.
+        """
         if not self.output.absolute().parent.is_dir():
             raise MeshError(f"The folder for the picture does not exist: {self.output.absolute().parent}")
+
+    def write_files(self, stores: Mapping[str, Path]) -> None:
+        """Write the file of each site.
+
+        Parameters
+        ----------
+        stores
+            The folder of each site, as this process writes it.
+        """
+        for (site, store), file, write in zip(stores.items(), self.showcase.files, self._writers(), strict=True):
+            write(str(store / file), lambda line, site=site: self.say(f"   {site}: {line}"))
+
+    # The steps
 
     @contextmanager
     def _sites(self) -> Iterator[_Sites]:
         if self.scheduler is not None:
             with Client(self.scheduler) as client:
                 folder = Path(tempfile.gettempdir()) / f"meshcompute-demo-{uuid.uuid4().hex[:8]}"
-                sites = _Sites.of_client(client, lambda site: folder / site)
+                sites = _Sites.of_client(client, self.data or folder)
                 self.say(f"   using the cluster at {self.scheduler} with the pools {' and '.join(sites.names)}")
                 yield sites
             return
-        self.say(f"starting a scheduler and {self.workers_per_site} workers at each of {' and '.join(SITES)}")
+        names = " and ".join(SITES)
+        self.say(f"starting a site daemon each for {names}, and a cluster of {self.workers_per_site} workers at each")
         with ScratchFolder("meshcompute-data-") as private:
             stores = {site: private.path / site for site in SITES}
             for store in stores.values():
                 store.mkdir()
-            mesh = EmbeddedMesh(
-                stores,
-                workers_per_site=self.workers_per_site,
-                dashboard=self.keep,
-                progress=lambda line: self.say(f"   {line}"),
-            )
-            with mesh, mesh.client() as client:
-                names = ", ".join(sorted(name for name in mesh.pids if name != "scheduler"))
-                self.say(f"   workers: {names}\n")
-                yield _Sites.of_client(client, mesh.folder)
+            local = LocalSites(stores, workers_per_site=self.workers_per_site)
+            with (
+                local,
+                MeshCluster(
+                    local.addresses,
+                    scheduler=local.scheduler,
+                    lease_seconds=LEASE_SECONDS,
+                    propagate=False,  # this is what is shown
+                    progress=lambda line: self.say(f"  {line.replace(f'local:{local.root}/', '')}"),
+                ) as cluster,
+                Client(cluster) as client,
+            ):
+                self.say(f"   workers: {', '.join(sorted(cluster.observed))}\n")
+                yield _Sites.of_client(client, local.root / "data", stores=stores)
 
     def _deliver(self, sites: _Sites, delivered: ExitStack) -> tuple[str, str]:
-        """Let a worker of each site write its file; where the sites are not ours, it is removed in the end."""
-        sites.client.subscribe_topic(PROGRESS_TOPIC, lambda event: self.say(f"   {event[1]}"))
-        paths = []
-        for site, file, write in zip(sites.names, self.showcase.files, self._writers(), strict=True):
-            path = str(sites.folder(site) / file)
-            if self.scheduler is not None:
-                delivered.callback(sites.run_on_hosts, site, _remove, str(sites.folder(site).parent))
-            nbytes = max(sites.run_on_hosts(site, write, path))
-            paths.append(path)
-            self.say(f"   {site}: {path} ({format_bytes(nbytes)})")
-        sites.client.unsubscribe_topic(PROGRESS_TOPIC)
+        """See to it that each site has its file; where a worker wrote it, it is removed in the end."""
+        if sites.stores is not None:
+            self.write_files(sites.stores)
+        elif self.data is None:
+            self._let_workers_write(sites, delivered)
+        paths = [str(sites.folder / site / file) for site, file in zip(sites.names, self.showcase.files, strict=True)]
+        for site, path in zip(sites.names, paths, strict=True):
+            self.say(f"   {site}: {path} ({format_bytes(sites.nbytes(site, path))})")
         return paths[0], paths[1]
 
-    def _writers(self) -> tuple[Callable[[str], int], Callable[[str], int]]:
+    def _let_workers_write(self, sites: _Sites, delivered: ExitStack) -> None:
+        sites.client.subscribe_topic(PROGRESS_TOPIC, lambda event: self.say(f"   {event[1]}"))
+        for site, file, write in zip(sites.names, self.showcase.files, self._writers(), strict=True):
+            delivered.callback(sites.run_on_hosts, site, _remove, str(sites.folder))
+            try:
+                sites.run_on_hosts(site, write, str(sites.folder / site / file))
+            except OSError as exc:
+                if exc.errno != errno.ENOSPC:
+                    raise
+                cure = "take a smaller --scale, or name a folder that has the files (--data)"
+                raise MeshError(f"{site} has no room for the file in {sites.folder.parent}: {cure}.") from exc
+        sites.client.unsubscribe_topic(PROGRESS_TOPIC)
+
+    def _writers(self) -> tuple[_Writer, _Writer]:
         if self.reference:
             return (
                 _Generate(sampledata.write_predictions, self.scale),
@@ -246,11 +288,16 @@ class _Sites:
     """Two pools of a cluster, and where each keeps its files."""
 
     def __init__(
-        self, client: Client, workers_by_site: dict[str, dict[str, str]], folder: Callable[[str], Path]
+        self,
+        client: Client,
+        workers_by_site: dict[str, dict[str, str]],
+        folder: Path,
+        stores: Mapping[str, Path] | None,
     ) -> None:
         self.client = client
         self.names: tuple[str, str] = tuple(workers_by_site)  # type: ignore[assignment]
-        self.folder = folder
+        self.folder = folder  # each site's own is in it, by its name
+        self.stores = stores  # where this process can write what sites see there, if it can
         # One worker per host: what it writes is there for the host's others.
         self._hosts = {
             site: list({host: address for address, host in workers.items()}.values())
@@ -258,7 +305,7 @@ class _Sites:
         }
 
     @classmethod
-    def of_client(cls, client: Client, folder: Callable[[str], Path]) -> _Sites:
+    def of_client(cls, client: Client, folder: Path, *, stores: Mapping[str, Path] | None = None) -> _Sites:
         workers = client.sync(client.scheduler.identity, n_workers=-1)["workers"]
         hosts_by_site: dict[str, dict[str, str]] = {}
         for address, worker in workers.items():
@@ -270,7 +317,7 @@ class _Sites:
                 f"The demo needs workers of two sites; the cluster at {client.scheduler.address} has the pools: "
                 f"{', '.join(hosts_by_site) or 'none'}. Start workers with --resources pool-<site>=1."
             )
-        return cls(client, {site: hosts_by_site[site] for site in sorted(hosts_by_site)[:2]}, folder)
+        return cls(client, {site: hosts_by_site[site] for site in sorted(hosts_by_site)[:2]}, folder, stores)
 
     def run_on_hosts(self, site: str, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call a function once on every host of a site; workers need not have meshcompute."""
@@ -301,11 +348,14 @@ def _travelling(function: Callable[..., Any]) -> by_value:
     return by_value(function, modules=[sampledata.__name__])
 
 
+_Writer = Callable[..., int]
+
+
 class _Copy:
     def __init__(self, content: bytes) -> None:
         self.content = content
 
-    def __call__(self, path: str) -> int:
+    def __call__(self, path: str, _say: Callable[[str], None] | None = None) -> int:
         os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120 - any worker
         with open(path, "wb") as file:  # noqa: PTH123 - any worker
             return file.write(self.content)
@@ -316,15 +366,16 @@ class _Generate:
         self.write = write
         self.scale = scale
 
-    def __call__(self, path: str) -> int:
+    def __call__(self, path: str, say: Callable[[str], None] | None = None) -> int:
         if self.write.__name__ != "write_predictions":
             return self.write(path, self.scale)
+        tell = say or (lambda line: get_worker().log_event(PROGRESS_TOPIC, line))
         shown = [time.monotonic()]
 
         def report(done: int, n_levels: int) -> None:
             if time.monotonic() - shown[0] > 1 or done == n_levels:
                 shown[0] = time.monotonic()
-                get_worker().log_event(PROGRESS_TOPIC, f"generated {done} of {n_levels} levels")
+                tell(f"generated {done} of {n_levels} levels")
 
         return self.write(path, self.scale, report)
 

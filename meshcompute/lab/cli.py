@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ import click
 
 from meshcompute.errors import MeshError
 
-__all__ = ["lab"]
+__all__ = ["lab", "run_in_lab"]
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -194,12 +195,47 @@ def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
 
     The current folder is shared with the client's host, so that what COMMAND writes there stays.
     """
-    from meshcompute.lab.running import RunningLab
-
     if options["share"] is None and Path.cwd() != Path("/"):
         options["share"] = str(Path.cwd())
+    sys.exit(run_in_lab(command, user=user, **options))
+
+
+def run_in_lab(
+    command: Sequence[str],
+    *,
+    user: str = "root",
+    name: str = "lab",
+    rate: float | None = None,
+    delay: float = 0.0,
+    loss: float = 0.0,
+    nat: Sequence[str] = (),
+    data: Sequence[str] = (),
+    engine: bool | None = None,
+    image: str | None = None,
+    share: str | None = None,
+) -> int:
+    """Start a lab, run a command on the client's host, and end the lab.
+
+    Parameters
+    ----------
+    command
+        Program and arguments.
+    user
+        ``root``, or an account of the host.
+    name, rate, delay, loss, nat, data, engine, image, share
+        As the options of ``meshcompute lab up``: Mbit/s, milliseconds, share of packets; ``SITE=FOLDER``.
+
+    Returns
+    -------
+    int
+        The command's exit code, as a shell reports it.
+    """
+    from meshcompute.lab.running import RunningLab
+
+    options: dict[str, Any] = {"name": name, "rate": rate, "delay": delay, "loss": loss, "nat": nat}
+    options |= {"data": data, "engine": engine, "image": image, "share": share}
     _start(options, dies_with_us=True)
-    running = RunningLab(options["name"])
+    running = RunningLab(name)
     process: subprocess.Popen[Any] | None = None
     try:
         with _Errors():
@@ -215,7 +251,7 @@ def run(*, user: str, command: tuple[str, ...], **options: Any) -> None:
         with _Errors():
             running.stop()
         click.echo("the lab is down", err=True)
-    sys.exit(code if code >= 0 else 128 - code)
+    return code if code >= 0 else 128 - code
 
 
 def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
@@ -225,10 +261,12 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
     from meshcompute.lab.starting import find_accounts, find_readable, has_engine, start_lab
     from meshcompute.lab.topology import SYSTEM_PATH, Lab, default_hosts
 
-    data = dict(item.split("=", 1) for item in options["data"])
+    data = dict(_data_of_site(item) for item in options["data"])
     hosts = tuple(
         replace(host, data=data.get(host.name), has_nat=host.name in options["nat"]) for host in default_hosts()
     )
+    _check_sites("--data", data)
+    _check_sites("--nat", options["nat"])
     rate = options["rate"]
     # Hosts find what the caller finds, and first of all what was installed with meshcompute.
     folders = [str(Path(sys.executable).parent), *os.get_exec_path(), *SYSTEM_PATH.split(":")]
@@ -264,6 +302,22 @@ def _start(options: dict[str, Any], *, dies_with_us: bool) -> None:
             dies_with_us=dies_with_us,
             locks=locks,
         )
+
+
+def _data_of_site(item: str) -> tuple[str, str]:
+    site, has_folder, folder = item.partition("=")
+    if not has_folder or not Path(folder).is_dir():
+        raise click.UsageError(f"--data {item}: write SITE=FOLDER, with a folder that exists.")
+    return site, str(Path(folder).resolve())
+
+
+def _check_sites(option: str, names: Iterable[str]) -> None:
+    from meshcompute.lab.topology import default_hosts
+
+    sites = [host.name for host in default_hosts() if host.is_site]
+    for name in names:
+        if name not in sites:
+            raise click.UsageError(f"{option} {name}: the lab has no such site. It has {' and '.join(sites)}.")
 
 
 class _Errors:
