@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 RESYNC_SECONDS = 5.0  # how long something that changed by itself may go unseen
 SETTLING_SECONDS = 0.2  # ... while units are starting
 SWEEP_SECONDS = 60.0
+ENGINE_PATIENCE_SECONDS = 5.0  # an engine that is silent for longer is unknown: leases and answers do not wait for it
 STOP_GRACE_SECONDS = 3.0  # a worker that has nothing to save; Dask's own handlers take less than one
 STEADY_SECONDS = 60.0  # a unit that has run so long starts without delay when it exits
 
@@ -123,6 +124,7 @@ class Loop:
         self._next_sweep = 0.0
         self._gateways = asyncio.Lock()  # a sweep and a new gateway never meet
         self._observation: asyncio.Task[tuple[dict[str, GatewayState], dict[str, WorkerState] | None]] | None = None
+        self._stuck_look: asyncio.Task[dict[str, WorkerState]] | None = None
         self.problems: tuple[Problem, ...] = ()
         self.engine_problem: Problem | None = None
         self.n_failures = 0
@@ -187,7 +189,7 @@ class Loop:
                 wake_at = min(time for time in times if time is not None)
                 await self._clock.wait(self._wake, max(0.0, wake_at - self._clock.monotonic()))
         finally:
-            for task in self._tasks:
+            for task in self._tasks | ({self._stuck_look} if self._stuck_look else set()):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -248,12 +250,26 @@ class Loop:
     async def _observe(self) -> tuple[dict[str, GatewayState], dict[str, WorkerState] | None]:
         gateways = await self._plane.observe()
         try:
-            units = await self._runtime.observe()
+            units = await self._observe_units()
         except RuntimeUnknownError as exc:
             self._note_engine(exc)
             return gateways, None
         self.engine_problem = None
         return gateways, units
+
+    async def _observe_units(self) -> dict[str, WorkerState]:
+        """Ask the engine, which may be stuck: one look waits for it then, and no second one."""
+        if self._stuck_look is None or await _is_over(self._stuck_look, ENGINE_PATIENCE_SECONDS):
+            look = asyncio.create_task(self._runtime.observe())
+            look.add_done_callback(lambda done: done.cancelled() or done.exception())
+            if await _is_over(look, ENGINE_PATIENCE_SECONDS):
+                self._stuck_look = None
+                return look.result()
+            self._stuck_look = look
+        raise RuntimeUnknownError(
+            f"The container engine has not answered for {ENGINE_PATIENCE_SECONDS:g} s, so nobody knows which workers "
+            "run: look what it does (systemctl status docker), and restart it if need be."
+        )
 
     def _note_engine(self, exc: Exception) -> None:
         if isinstance(exc, RuntimeUnknownError):
@@ -387,6 +403,11 @@ _KIND_OF_STEP: Mapping[type, str] = {
     AttachUnit: "workers",
     DetachUnit: "workers",
 }
+
+
+async def _is_over(task: asyncio.Task[Any], timeout_seconds: float) -> bool:
+    done, _pending = await asyncio.wait({task}, timeout=timeout_seconds)
+    return bool(done)
 
 
 def _only(cluster_id: str, gateways: Mapping[str, GatewayState], units: Mapping[str, WorkerState] | None) -> Observed:

@@ -226,9 +226,16 @@ def plan_cluster(
         steps.append(EnsureGateway(config=desired.gateway))
     elif _differ(desired.deadline, memory.gateway_deadline):
         steps.append(RenewGateway(cluster_id=cluster_id, deadline=desired.deadline))
-    if observed.units is None:
-        return tuple(steps)  # nobody knows what runs: starting or stopping anything would be a guess
     wanted = {unit.name: unit for unit in desired.units}
+    if observed.units is None:
+        # Nobody knows what runs, and starting or stopping anything would be a guess; but what was started must not end
+        # because its engine is silent.
+        started = [
+            RenewUnit(name=name, deadline=desired.deadline)
+            for name in sorted(wanted.keys() & memory.fingerprint_by_unit.keys())
+            if _differ(desired.deadline, memory.deadline_by_unit.get(name, 0.0))
+        ]
+        return (*started, *steps)
     renewals = [
         RenewUnit(name=name, deadline=desired.deadline)
         for name, state in sorted(observed.units.items())

@@ -19,6 +19,7 @@ SCHEDULER_DASHBOARD_PORT = 8787
 ADDRESS_TIMEOUT_SECONDS = 60.0  # attaching the link takes well below 1 s; the daemon may be restarting
 DEATH_TIMEOUT_SECONDS = 60  # a worker without scheduler exits, and is started again while the lease lives
 COMM_TIMEOUT_SECONDS_MIN = 60.0
+WORKER_TTL_SECONDS_MIN = 300.0  # distributed.scheduler.worker-ttl: its default
 LOG_BYTES_MAX = 16 << 20
 SPILL_SHARE = 4  # a process may spill a quarter of its memory
 
@@ -149,5 +150,6 @@ def _environment(spec: WorkerSpec) -> dict[str, str]:
         "POOL_NAME": spec.pool,
         "PYTHONUNBUFFERED": "1",
         "DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": f"{timeout:g}s",
+        "DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL": f"{max(timeout, WORKER_TTL_SECONDS_MIN):g}s",
         "DASK_DISTRIBUTED__WORKER__MEMORY__MAX_SPILL": str(spill_bytes_of(spec)),
     }

@@ -59,11 +59,15 @@ SCRATCH = "/scratch"
 GRACE_SECONDS = 5.0  # at the end of a lease; stop() says its own
 TMP_BYTES = 64 << 20
 KEEPER_BYTES = 64 << 20  # the keeper and docker-init, and the kernel's own memory for them
+# TCP doubles its pauses up to 2 minutes, so that a link of 60 s that is back would stay silent for up to a minute more.
+# 5 s are short enough; with as many more retries a connection still gives up after the usual quarter of an hour.
+AFTER_A_PARTITION = {"net.ipv4.tcp_rto_max_ms": "5000", "net.ipv4.tcp_retries2": "190"}
 CPU_PERIOD_MICROSECONDS = 100_000  # the kernel's own default
 PROCESSES_PER_WORKER = 256  # threads count, too: Dask's own, those of NumPy's libraries, and what tasks start
 ENGINE_TIMEOUT_SECONDS = 30.0
 RELAY_TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 0.02
+RTO_MAX = Path("/proc/sys/net/ipv4/tcp_rto_max_ms")
 LABEL_CLUSTER, LABEL_NAME, LABEL_OWNER = "meshcompute.cluster", "meshcompute.name", "meshcompute.owner"
 LABEL_FOLDER = "meshcompute.folder"  # whose it is: two daemons at one engine leave each other's alone
 
@@ -71,7 +75,7 @@ logger = logging.getLogger(__name__)
 
 
 def container_options(
-    spec: WorkerSpec, *, given: str, folder: str, image: str, mounts: tuple[str, ...]
+    spec: WorkerSpec, *, given: str, folder: str, image: str, mounts: tuple[str, ...], has_rto_max: bool = False
 ) -> dict[str, Any]:
     """Decide what the container of a unit is like. Pure.
 
@@ -87,6 +91,8 @@ def container_options(
         Image to use.
     mounts
         Folders of this host that it sees, at the same paths.
+    has_rto_max
+        Whether the kernel bounds TCP's pauses between retransmissions (Linux 6.15).
 
     Returns
     -------
@@ -112,7 +118,11 @@ def container_options(
         "security_opt": ["no-new-privileges"],
         "network_mode": "none",
         # Without a network Docker switches IPv6 off, and the link that comes later could have no address.
-        "sysctls": {"net.ipv6.conf.all.disable_ipv6": "0", "net.ipv6.conf.default.disable_ipv6": "0"},
+        "sysctls": {
+            "net.ipv6.conf.all.disable_ipv6": "0",
+            "net.ipv6.conf.default.disable_ipv6": "0",
+            **(AFTER_A_PARTITION if has_rto_max else {}),
+        },
         "mem_limit": memory,
         "memswap_limit": memory,
         # Not as nano_cpus: the engine refuses more of those than the host has, though a limit above that does no harm.
@@ -291,6 +301,7 @@ class DockerRuntime:
                     folder=str(self.folder.path),
                     image=image,
                     mounts=mounts,
+                    has_rto_max=RTO_MAX.exists(),
                 )
                 container = engine.containers.create(**options)
                 container.start()

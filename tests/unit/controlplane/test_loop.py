@@ -5,6 +5,7 @@ import asyncio
 import pytest
 from controlbench import ID, OTHER_ID, FakeClock, FakeRuntime, caller, config, spec
 
+from controlplane import loop as loop_module
 from controlplane.desired import desired_cluster
 from controlplane.errors import ApplyError, NotFoundError, StoreError
 from controlplane.loop import Loop
@@ -181,3 +182,27 @@ def test_logs_are_those_of_all_units_that_have_started_or_of_one_worker(bench):
     assert one == "ecmwf-1-1 | line 1\necmwf-1-1 | line 2\n"
     with pytest.raises(NotFoundError, match="There is no unit"):
         bench.do(bench.site.logs(ID, "ecmwf-1-2", 2, caller()))
+
+
+def test_an_engine_that_is_stuck_is_unknown_and_is_asked_once(bench, monkeypatch):
+    monkeypatch.setattr(loop_module, "ENGINE_PATIENCE_SECONDS", 0.01)
+    bench.put()
+    asked, answer = [], asyncio.Event()
+
+    async def observe():
+        asked.append(1)
+        await answer.wait()
+        return {}
+
+    async def look_twice_and_once_more_when_it_answers():
+        monkeypatch.setattr(bench.runtime, "observe", observe)
+        for _ in range(2):
+            await bench.loop.refresh([ID])
+            assert bench.loop.report(ID).observed.units is None
+        assert len(asked) == 1
+        answer.set()
+        await bench.loop.refresh([ID])
+        assert bench.loop.report(ID).observed.units == {}
+        assert len(asked) == 2  # the first answer is about a time long past
+
+    bench.do(look_twice_and_once_more_when_it_answers())

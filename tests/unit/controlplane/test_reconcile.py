@@ -194,3 +194,11 @@ def test_a_worker_unit_that_has_run_is_started_again():
     observed, memory = settled(wanted)
     ended = replace(observed, units={**observed.units, U1: unit(U1, "exited", has_run=True)})
     assert plan(wanted, ended, memory) == [f"start {U1}"]
+
+
+def test_while_the_engine_is_silent_what_was_started_is_renewed_and_nothing_else_is_done():
+    wanted = desired()
+    observed, memory = settled(wanted)
+    silent = replace(observed, units=None)
+    memory = replace(memory, deadline_by_unit={}, fingerprint_by_unit={U0: "x"})
+    assert plan(wanted, silent, memory) == [f"renew {U0}"]
