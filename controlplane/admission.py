@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 
-from controlplane.config import SiteConfig
+from controlplane.config import MIB, SiteConfig
 from controlplane.errors import ConflictError, ForbiddenError, InvalidSpecError, NotFoundError, QuotaError
 from controlplane.identity import Caller
 from controlplane.leases import Tombstone, check_epoch
@@ -143,8 +143,8 @@ def _check_clusters(caller: Caller, others: Iterable[ClusterRecord], config: Sit
     mine = sum(other.owner.uid == caller.uid for other in live)
     if mine >= config.limits.clusters:
         raise QuotaError(
-            f"User {caller.user} has {mine} clusters at site {config.pool}, which allows {config.limits.clusters} at "
-            "once. End one of them (meshcompute down), or ask the operator for a higher limits.clusters."
+            f"User {caller.user} has {mine} of the {config.limits.clusters} clusters that site {config.pool} allows a "
+            "user at once. End one of them (meshcompute down), or ask the operator for a higher limits.clusters."
         )
     if len(live) >= config.limits.clusters_total:
         raise QuotaError(
@@ -177,16 +177,16 @@ def _check_workers(workers: WorkerRequest, config: SiteConfig) -> None:
         ("worker processes", workers.containers * processes, limits.workers, "workers"),
         ("threads per worker", workers.threads_per_process or 0, limits.threads_per_worker, "threads_per_worker"),
         (
-            "bytes of memory per worker",
-            workers.memory_bytes_per_process or 0,
-            limits.memory_bytes_per_worker,
+            "MiB of memory per worker",
+            (workers.memory_bytes_per_process or 0) / MIB,
+            limits.memory_bytes_per_worker / MIB,
             "memory_per_worker",
         ),
     )
     for what, wanted, allowed, key in wishes:
         if wanted > allowed:
             raise QuotaError(
-                f"{wanted} {what} are more than the {allowed} that site {config.pool} allows a cluster. "
+                f"{wanted:.10g} {what} are more than the {allowed:.10g} that site {config.pool} allows a cluster. "
                 f"Ask for less, or ask the operator for a higher limits.{key}."
             )
     if workers.link == "wireguard" and config.network == "loopback":

@@ -28,7 +28,15 @@ from meshcompute.clusterrecord import ClusterRecord, find_record, forget, rememb
 from meshcompute.control import SiteControl
 from meshcompute.errors import MeshError
 from meshcompute.localports import choose_port
-from meshcompute.meshplan import PREFIX_BITS, SCHEDULER_SITE, MeshPlan, parse_prefix, prefix_of
+from meshcompute.meshplan import (
+    PREFIX_BITS,
+    SCHEDULER_SITE,
+    MeshPlan,
+    check_wishes,
+    parse_prefix,
+    prefix_of,
+    told_plainly,
+)
 from meshcompute.meshrecords import attached_sites, record_of
 from meshcompute.meshsites import MeshSites
 from meshcompute.protocol import DEFAULT_SOCKET, SchedulerRequest, WorkerRequest
@@ -131,15 +139,17 @@ class MeshCluster(Cluster):
         addresses = [parse_site(scheduler, socket=socket), *(parse_site(site, socket=socket) for site in sites)]
         controls = {number: SiteControl(a, ssh=ssh, site_command=site_command) for number, a in enumerate(addresses)}
         cluster_id = uuid.uuid4().hex
-        plan = MeshPlan(
-            cluster_id=cluster_id,
-            name=name or f"mesh-{cluster_id[:8]}",
-            prefix=parse_prefix(prefix) if prefix else prefix_of(secrets.randbits(PREFIX_BITS)),
-            members=(),
-            scheduler=SchedulerRequest(client_port=client_port or CLIENT_PORT, image=image),
-            lease_seconds=lease_seconds,
-            mtu=mtu,
-        )
+        with told_plainly():
+            plan = MeshPlan(
+                cluster_id=cluster_id,
+                name=name or f"mesh-{cluster_id[:8]}",
+                prefix=parse_prefix(prefix) if prefix else prefix_of(secrets.randbits(PREFIX_BITS)),
+                members=(),
+                scheduler=SchedulerRequest(client_port=client_port or CLIENT_PORT, image=image),
+                lease_seconds=lease_seconds,
+                mtu=mtu,
+            )
+        check_wishes(plan)  # before any site is asked
         self.mesh = MeshSites(
             controls, plan, workers=workers or WorkerRequest(), allow_partial=allow_partial, say=self._say
         )

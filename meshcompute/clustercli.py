@@ -198,16 +198,22 @@ def _keep(options: dict[str, Any], command: Sequence[str]) -> int:
     from distributed.core import Status
 
     from meshcompute.cluster import MeshCluster
+    from meshcompute.meshplan import told_plainly
     from meshcompute.protocol import DEFAULT_SOCKET, WorkerRequest
 
-    workers = WorkerRequest(
-        containers=options["containers"],
-        processes_per_container=options["processes"],
-        threads_per_process=options["threads"],
-        memory_bytes_per_process=int(parse_bytes(options["memory"])) if options["memory"] else None,
-        image=options["image"],
-        link=options["link"],
-    )
+    try:
+        memory = int(parse_bytes(options["memory"])) if options["memory"] else None
+    except ValueError as exc:
+        raise click.UsageError(f"--memory: {options['memory']!r} is no size; write it like 2GiB.") from exc
+    with told_plainly():
+        workers = WorkerRequest(
+            containers=options["containers"],
+            processes_per_container=options["processes"],
+            threads_per_process=options["threads"],
+            memory_bytes_per_process=memory,
+            image=options["image"],
+            link=options["link"],
+        )
     with MeshCluster(
         options["sites"],
         prefix=options["prefix"],

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
@@ -108,7 +109,17 @@ class SiteClient:
         SiteUnreachableError
             The daemon speaks another version of the protocol.
         """
-        raw = await self._request("GET", "/v1/site")
+        try:
+            raw = await self._request("GET", "/v1/site")
+        except SiteRefusedError as exc:
+            if exc.kind != "not_found":
+                raise
+            # The version is part of every path, so a daemon of another one knows none of ours.
+            message = (
+                f"its daemon does not know version {API_VERSION} of the protocol, which this meshcompute speaks; "
+                "install the same release at both ends"
+            )
+            raise SiteUnreachableError(self.site, "wrong_version", message) from exc
         try:
             spoken = json.loads(raw).get("api_version")
         except (ValueError, AttributeError):
@@ -451,8 +462,8 @@ class SiteControl:
         site = str(self.address)
         if self.address.is_local:
             path = self.address.socket
-            if isinstance(exc, PermissionError):
-                message = f"this account may not use the daemon's socket {path}; its operator sets mode 0666"
+            if isinstance(exc, OSError) and exc.errno in (errno.EACCES, errno.EPERM):
+                message = f"this account may not use the daemon's socket {path}; its operator sets mode 0666 for it"
                 return SiteUnreachableError(site, "refused_key", message)
             if isinstance(exc, OSError) and not isinstance(exc, TimeoutError):
                 message = (

@@ -16,10 +16,13 @@ many sites there are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv6Network
 from typing import Literal
+
+from pydantic import ValidationError
 
 from meshcompute.errors import MeshError
 from meshcompute.protocol import ClusterSpec, ClusterStatus, Peer, SchedulerRequest, WorkerRequest
@@ -31,13 +34,16 @@ __all__ = [
     "MeshPlanError",
     "Stage",
     "check_members",
+    "check_wishes",
     "endpoint_of",
     "is_stage_over",
     "learn",
     "links_up",
     "parse_prefix",
     "prefix_of",
+    "relay_of",
     "spec_of",
+    "told_plainly",
     "why_failed",
 ]
 
@@ -50,7 +56,19 @@ _NOT_YET = frozenset({"Incomplete", "Missing", "NoHandshake", "Unknown"})  # rea
 
 
 class MeshPlanError(MeshError, ValueError):
-    """Sites that cannot make one cluster, or a prefix that is none; the message says why and what to do."""
+    """Sites that cannot make one cluster, or a wish that none can have; the message says why and what to do."""
+
+
+@contextmanager
+def told_plainly() -> Iterator[None]:
+    """Turn what pydantic finds wrong with a wish in this block into one sentence."""
+    try:
+        yield
+    except ValidationError as exc:
+        first = exc.errors(include_url=False)[0]
+        what = ".".join(str(part) for part in first["loc"]) or exc.title
+        reason = first["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
+        raise MeshPlanError(f"{what} cannot be {first['input']!r}: it {reason}; ask for something else.") from exc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +92,11 @@ class Member:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeshPlan:
-    """One cluster, as it should be; ``workers`` by number of the site."""
+    """One cluster, as it should be.
+
+    ``workers`` are by number of the site; ``broken`` are pairs of sites between which no packet passes, whatever their
+    endpoints say.
+    """
 
     cluster_id: str
     name: str
@@ -82,6 +104,7 @@ class MeshPlan:
     members: tuple[Member, ...]
     scheduler: SchedulerRequest
     workers: Mapping[int, WorkerRequest] = field(default_factory=dict)
+    broken: frozenset[frozenset[int]] = frozenset()
     lease_seconds: float = 120.0
     mtu: int = 1280
 
@@ -150,18 +173,33 @@ def endpoint_of(member: Member) -> str | None:
     return f"[{host}]:{member.port}" if ":" in host else f"{host}:{member.port}"
 
 
-def _initiator(first: Member, second: Member) -> int | None:
+def _initiator(plan: MeshPlan, first: Member, second: Member) -> int | None:
     """Number of the side that calls: the larger one, unless only the other cannot be called; None if neither can."""
+    if frozenset((first.site, second.site)) in plan.broken:
+        return None
     lower, upper = sorted((first, second), key=lambda member: member.site)
     if lower.hosts:
         return upper.site
     return lower.site if upper.hosts else None
 
 
-def _relay(plan: MeshPlan, first: Member, second: Member) -> int | None:
-    """The site that both have a link with; the client's own host last, because it has the thinnest line."""
+def relay_of(plan: MeshPlan, first: Member, second: Member) -> int | None:
+    """Choose the site that relays between two: one that both have a link with.
+
+    Parameters
+    ----------
+    plan
+        The cluster.
+    first, second
+        The two.
+
+    Returns
+    -------
+    int or None
+        Its number; the client's own host only if there is no other, because it has the thinnest line.
+    """
     others = [member for member in plan.members if member.site not in {first.site, second.site}]
-    both = [m.site for m in others if _initiator(m, first) is not None and _initiator(m, second) is not None]
+    both = [m.site for m in others if None not in (_initiator(plan, m, first), _initiator(plan, m, second))]
     return min(both, key=lambda site: (site == SCHEDULER_SITE, site), default=None)
 
 
@@ -172,7 +210,7 @@ def _peers(plan: MeshPlan, member: Member, stage: Stage) -> tuple[Peer, ...]:
     for other in plan.members:
         if other.site == member.site:
             continue
-        initiator = _initiator(member, other)
+        initiator = _initiator(plan, member, other)
         calls = stage == "run" and initiator == member.site
         peers.append(
             Peer(
@@ -181,10 +219,36 @@ def _peers(plan: MeshPlan, member: Member, stage: Stage) -> tuple[Peer, ...]:
                 public_key=other.public_key,
                 endpoint=endpoint_of(other),
                 initiates=calls,
-                via=_relay(plan, member, other) if initiator is None else None,
+                via=relay_of(plan, member, other) if initiator is None else None,
             )
         )
     return tuple(peers)
+
+
+def check_wishes(plan: MeshPlan) -> None:
+    """Refuse what no site could do, whoever it is.
+
+    Parameters
+    ----------
+    plan
+        The cluster; its members need not be known.
+
+    Raises
+    ------
+    MeshPlanError
+        A name, a lease or another wish is none.
+    """
+    with told_plainly():
+        ClusterSpec(
+            name=plan.name,
+            epoch=1,
+            role="scheduler",
+            prefix=plan.prefix,
+            site=SCHEDULER_SITE,
+            lease_seconds=plan.lease_seconds,
+            mtu=plan.mtu,
+            scheduler=plan.scheduler,
+        )
 
 
 def check_members(plan: MeshPlan) -> None:
@@ -198,7 +262,8 @@ def check_members(plan: MeshPlan) -> None:
     Raises
     ------
     MeshPlanError
-        Two sites cannot reach each other and none relays, the same site is named twice, or networks differ.
+        Two sites cannot reach each other and none relays, the same site is named twice, however it is written, or
+        networks differ.
     """
     networks = {member.network for member in plan.members}
     if len(networks) > 1:
@@ -209,14 +274,25 @@ def check_members(plan: MeshPlan) -> None:
         if member.address in seen:
             raise MeshPlanError(f"The site {member.address} is named twice; name each site once.")
         seen[member.address] = member
+    for first, second in itertools.combinations(plan.members, 2):
+        # The client's own host may be called like a site; as long as it is another host, nobody minds.
+        is_own = SCHEDULER_SITE in (first.site, second.site)
+        if first.pool == second.pool and not (is_own and first.hosts != second.hosts):
+            raise MeshPlanError(
+                f"The sites {first.address} and {second.address} have the same pool {first.pool!r}; name each site "
+                "once, or ask the operator of one of them for another pool in its site.toml."
+            )
     if networks == {"loopback"}:
         return
     for first, second in itertools.combinations(plan.members, 2):
-        if _initiator(first, second) is None and _relay(plan, first, second) is None:
+        if _initiator(plan, first, second) is None and relay_of(plan, first, second) is None:
+            why = "neither has an address at which the other could reach it"
+            if frozenset((first.site, second.site)) in plan.broken:
+                why = "no packet passes between them"
             raise MeshPlanError(
-                f"The sites {first} and {second} cannot be joined: neither has an address at which the other could "
-                "reach it, and no third site is reached by both; open a UDP port at one of them and name its host "
-                "under network_options.endpoints in its site.toml, or add a site that both can reach."
+                f"The sites {first} and {second} cannot be joined: {why}, and no third site is reached by both; open a "
+                "UDP port at one of them and name its host under network_options.endpoints in its site.toml, or add a "
+                "site that both can reach."
             )
 
 
@@ -306,7 +382,7 @@ def links_up(plan: MeshPlan, site: int, status: ClusterStatus) -> tuple[list[int
     if member.network == "loopback":
         return [], []
     ages = {peer.site: peer.latest_handshake_age_seconds for peer in status.peers}
-    direct = [o.site for o in plan.members if o.site != site and _initiator(member, o) is not None]
+    direct = [o.site for o in plan.members if o.site != site and _initiator(plan, member, o) is not None]
     return [o for o in direct if ages.get(o) is not None], [o for o in direct if ages.get(o) is None]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 
 from meshcompute.control import SiteClient, SiteControl
+from meshcompute.meshlinks import bypass, silent_pairs, to_blame, what_is_true, why_not_over
 from meshcompute.meshplan import (
     SCHEDULER_SITE,
     STAGES,
@@ -24,7 +25,7 @@ from meshcompute.meshplan import (
     check_members,
     is_stage_over,
     learn,
-    links_up,
+    relay_of,
     spec_of,
     why_failed,
 )
@@ -39,6 +40,10 @@ RENEW_TIMEOUT_SECONDS = 10.0
 REMOVE_TIMEOUT_SECONDS = 20.0
 FIRST_LOOK_SECONDS = 0.02
 LAST_LOOK_SECONDS = 0.25
+# WireGuard tries again every 5 s; what two tries did not bring is not slow but blocked.
+BYPASS_SECONDS = 12.0
+HANDSHAKE_SECONDS = 30.0
+MEND_SECONDS = 20.0  # for the rest of the sites, when others were left out at the last moment
 
 
 class SiteStartError(SiteError, RuntimeError):
@@ -179,17 +184,18 @@ class MeshSites:
             if stage == "listen" and all(member.network == "loopback" for member in self.plan.members):
                 continue
             self._stage = stage
-            await self._tell(stage, deadline)
-            self._say(self._stage_line(stage))
+            asked = None
+            while asked != self._shape():  # sites were left out meanwhile, or are relayed: the others must know
+                if asked is not None:
+                    check_members(self.plan)
+                    deadline = max(deadline, time.monotonic() + MEND_SECONDS)
+                asked = self._shape()
+                await self._tell(stage, deadline)
+            self._say(what_is_true(self.plan, stage, self.statuses))
         self._is_booting = False
 
-    def _stage_line(self, stage: Stage) -> str:
-        if stage == "keys":
-            return "gateways made, public keys exchanged"
-        if stage == "listen":
-            return "every gateway knows the others"
-        n_links = sum(len(links_up(self.plan, site, status)[0]) for site, status in self.statuses.items()) // 2
-        return f"{n_links} links have shaken hands" if n_links else "the sites are ready"
+    def _shape(self) -> tuple[object, ...]:
+        return tuple(member.site for member in self.plan.members), self.plan.broken
 
     async def _tell(self, stage: Stage, deadline: float, sites: Collection[int] | None = None) -> None:
         """Tell sites their part, and wait until it is true."""
@@ -206,62 +212,97 @@ class MeshSites:
                 self._epochs[site] = epoch
                 await self._wait(site, stage, epoch, deadline)
 
-            await self._everywhere(tell_one, sites)
+            await self._everywhere(tell_one, sites, is_patient=not self._is_booting)
             self.plan = learn(self.plan, self.statuses)
 
     async def _wait(self, site: int, stage: Stage, epoch: int, deadline: float) -> None:
         pause = FIRST_LOOK_SECONDS
+        begin = time.monotonic()
         while not is_stage_over(self.plan, site, stage, self.statuses[site], epoch=epoch):
             status = self.statuses[site]
             if status.phase == "failed":
                 raise SiteStartError(self.name_of(site), why_failed(status))
             if status.phase in ("removing", "gone"):
                 raise SiteStartError(self.name_of(site), "the cluster was ended there while it booted")
-            if time.monotonic() > deadline:
-                raise SiteStartError(self.name_of(site), f"it was not ready in time. {self._why_not_over(site, stage)}")
+            now = time.monotonic()
+            silent = self._silent(now - begin) if stage == "run" and self._is_booting else set()
+            is_to_blame = bool(silent) and site == to_blame(silent)
+            why = why_not_over(self.plan, site, stage, status)
+            if now > deadline + (0 if is_to_blame or not silent else LAST_LOOK_SECONDS):
+                raise SiteStartError(self.name_of(site), f"it was not ready in time. {why}")
+            if is_to_blame and now > begin + HANDSHAKE_SECONDS:
+                raise SiteStartError(self.name_of(site), why)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_LOOK_SECONDS)
             self.statuses[site] = await self._call(site, lambda client: client.status(self.plan.cluster_id))
 
-    def _why_not_over(self, site: int, stage: Stage) -> str:
-        status = self.statuses[site]
-        _up, down = links_up(self.plan, site, status)
-        if stage == "run" and down:
-            others = " and ".join(str(self.plan.member(other)) for other in down)
-            return (
-                f"There was no handshake with {others}; check that the UDP ports of the sites are open to each other, "
-                "and that their endpoints in site.toml are right."
-            )
-        return why_failed(status)
+    def _silent(self, waited_seconds: float) -> set[frozenset[int]]:
+        """Find the links that nothing passes, after relaying those that can be relayed."""
+        silent = silent_pairs(self.plan, self.statuses)
+        if silent and waited_seconds > BYPASS_SECONDS:
+            better = bypass(self.plan, silent)
+            for pair in better.broken - self.plan.broken:
+                one, other = (self.name_of(site) for site in sorted(pair))
+                relay = relay_of(better, *(better.member(site) for site in sorted(pair)))
+                assert relay is not None
+                self._say(f"{one} and {other} do not hear each other: relayed through {self.name_of(relay)}")
+            self.plan = better
+            silent -= better.broken
+        return silent
 
     async def _everywhere(
-        self, act: Callable[[int], Coroutine[None, None, None]], sites: Collection[int] | None = None
+        self,
+        act: Callable[[int], Coroutine[None, None, None]],
+        sites: Collection[int] | None = None,
+        *,
+        is_patient: bool = True,
     ) -> None:
-        """Act at all sites at once; leave out those that fail, if that is allowed, or raise the first failure."""
-        numbers = [site for site in self.controls if sites is None or site in sites]
-        results = await asyncio.gather(*(act(site) for site in numbers), return_exceptions=True)
-        failures = {site: result for site, result in zip(numbers, results, strict=True) if result is not None}
-        for site, failure in failures.items():
-            if not isinstance(failure, SiteError):
-                raise failure
-            if len(failures) > 1:
+        """Act at all sites at once; leave out those that fail, if that is allowed, or raise the first failure.
+
+        Without patience the first failure ends it: the others may wait for what cannot come any more.
+        """
+        failures: dict[int, SiteError] = {}
+
+        async def try_one(site: int) -> None:
+            try:
+                await act(site)
+            except SiteError as exc:
+                if self._can_leave_out(site):
+                    await self._leave_out(site, exc)
+                    return
+                failures[site] = exc
+                if not is_patient:
+                    raise
+
+        tasks = [asyncio.create_task(try_one(site)) for site in self.controls if sites is None or site in sites]
+        try:
+            _done, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            if others:
+                await asyncio.wait(others, timeout=LAST_LOOK_SECONDS)  # who is refused for the same reason says so, too
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        if len(failures) > 1:
+            for failure in failures.values():
                 self._say(str(failure))
-            if not (self._allow_partial and self._is_booting) or site == SCHEDULER_SITE:
-                raise next(iter(failures.values()))
-        for site, failure in failures.items():
-            await self._leave_out(site, failure)  # type: ignore[arg-type]  # the loop above has let nothing else by
-        if failures and set(self.controls) == {SCHEDULER_SITE}:
-            raise next(iter(failures.values()))
+        for problem in (*(failures[site] for site in sorted(failures)), *results):
+            if isinstance(problem, Exception):
+                raise problem
+
+    def _can_leave_out(self, site: int) -> bool:
+        rest = set(self.controls) - set(self.left_out) - {SCHEDULER_SITE, site}
+        return self._allow_partial and self._is_booting and site != SCHEDULER_SITE and bool(rest)
 
     async def _leave_out(self, site: int, error: SiteError) -> None:
         self._say(f"{error}\ngoing on without {self.name_of(site)}")
         self.left_out[site] = error
+        self.plan = self.plan.without({site})  # at once: the others wait for it no longer
+        self.infos.pop(site, None)
+        self.statuses.pop(site, None)
         if site in self._told:
             await self._remove_one(site)
         await self.controls.pop(site).close()
-        self.infos.pop(site, None)
-        self.statuses.pop(site, None)
-        self.plan = self.plan.without({site})
 
     async def _call(
         self, site: int, request: Callable[[SiteClient], Awaitable[ClusterStatus]], *, attempts: int = 3

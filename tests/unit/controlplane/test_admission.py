@@ -37,7 +37,7 @@ def test_whom_the_operator_does_not_name_may_nothing():
         (spec(workers=WorkerRequest(threads_per_process=9)), {}, r"9 threads.*limits\.threads_per_worker"),
         (spec(workers=WorkerRequest(memory_bytes_per_process=2**40)), {}, r"limits\.memory_per_worker"),
         (spec(lease_seconds=700.0), {"lease_seconds": 600}, "A lease of 700 s is longer than 600 s"),
-        (spec(), {"clusters": 0}, r"has 0 clusters.*limits\.clusters"),
+        (spec(), {"clusters": 0}, r"has 0 of the 0 clusters.*limits\.clusters"),
         (spec(), {"clusters_total": 0}, r"limits\.clusters_total"),
     ],
 )
@@ -56,7 +56,7 @@ def test_the_sites_own_default_counts_where_nothing_is_asked_for():
 def test_clusters_are_counted_per_user_without_this_one_and_those_that_end():
     site = mesh_config(limits={"clusters": 1})
     other = record(OTHER_ID, wanted=spec(prefix="fd00:1::/48"))
-    with pytest.raises(QuotaError, match="has 1 clusters"):
+    with pytest.raises(QuotaError, match="has 1 of the 1 clusters"):
         check(spec(), site=site, records=[other])
     check(spec(), caller(1001), site=site, records=[other])
     check(spec(), site=site, records=[replace(other, is_ended=True)])
