@@ -29,6 +29,7 @@ KEY_NAME = "id_ed25519"
 QUEUE_PACKETS = 2000  # bursts wait in the device, and are not lost uncounted, while the WAN moves others
 LOG_FOLDER = "/var/log/lab"
 SITE_FILE = "/etc/meshcompute/site.toml"
+OPERATORS_GROUP = "operator"  # one of Debian's own, and nobody of the lab is in it
 READY_FILE = "/run/sshd.pid"  # sshd writes it once it listens
 
 
@@ -65,6 +66,15 @@ Host {sites}
     UserKnownHostsFile {known_hosts}
     StrictHostKeyChecking yes
 """
+
+# As one group, all containers of all labs would get as much of the processors as one thread of the machine. The two
+# kinds of cgroup have two scales; what cannot be had is no reason not to start.
+_SHARES = """\
+{
+    if [ -d /sys/fs/cgroup/cpu ]; then folder=/sys/fs/cgroup/cpu/meshcompute-lab file=cpu.shares value=4096
+    else folder=/sys/fs/cgroup/meshcompute-lab file=cpu.weight value=400; fi
+    mkdir -p $folder && echo $value >$folder/$file
+} 2>/dev/null"""
 
 
 def desired_files(
@@ -284,10 +294,10 @@ def desired_services(lab: Lab, host: Host, units: Mapping[str, str]) -> tuple[Pl
     files = []
     if lab.engine:
         engine = "exec dockerd --bridge=none --iptables=false --ip6tables=false --storage-driver=overlay2"
-        scripts["engine"] = f"{engine} --cgroup-parent={lab.cgroup}/{host.name}"
+        scripts["engine"] = f"{_SHARES}\n{engine} --cgroup-parent={lab.cgroup}/{host.name}"
     if lab.daemon and not host.has_systemd:
         folders = "mkdir -p /run/meshcompute /var/lib/meshcompute"
-        scripts["site"] = f"{folders}\nexec meshcompute-site serve --config {SITE_FILE}"
+        scripts["site"] = f"{folders}\nexec meshcompute-site serve --config {SITE_FILE} \"$@\""
         files.append(PlacedFile(path=SITE_FILE, text=render_site(lab, host)))
     files += [
         PlacedFile(path=f"/etc/lab/{name}", text=f"{head}exec >>{LOG_FOLDER}/{name}.log 2>&1\n{script}\n")
@@ -312,6 +322,7 @@ def render_site(lab: Lab, host: Host) -> str:
         f'role = "{"site" if host.is_site else "scheduler"}"\n'
         f'runtime = "{"docker" if lab.engine else "process"}"\n'
         f'network = "wireguard"\n\n[access]\nusers = [{users}, "root"]\n'
+        f'operators_group = "{OPERATORS_GROUP}"\n'
         f"\n[workers]\ndata_folders = [{folders}]\n"
         f"\n[network_options]\nendpoints = [{endpoints}]\n"
     )
