@@ -29,7 +29,7 @@ from meshcompute.lab.topology import Host, Lab
 
 __all__ = ["RunningHost", "make_keys", "place", "set_addresses", "start_host", "wait_until_ready"]
 
-READY_TIMEOUT_SECONDS = 30.0
+READY_TIMEOUT_SECONDS = 90.0  # of a machine with much else to do
 POLL_SECONDS = 0.01
 ANSWER_TIMEOUT_SECONDS = 2.0
 LOG_CHARACTERS = 2000
