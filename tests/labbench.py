@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,9 @@ HOSTS = ("client", "ecmwf", "eumetsat")
 SITES = ("mesh@10.8.0.4", "mesh@10.8.0.2")
 READY_SECONDS = 90.0
 GONE_SECONDS = 30.0
+# The engine is asked itself; the daemon makes its folders when it needs them first, and remembers for a time which
+# clusters have ended, so that a late request does not bring them back.
+EXPECTED_FILES = re.compile("/run/(docker|containerd)|/var/lib/meshcompute/([a-z]+$|tombstones/)|/var/log/lab/")
 
 
 class Boot:
@@ -150,12 +154,17 @@ class LabBench:
 
     def observe(self) -> dict[str, dict[str, Counter[str]]]:
         """Ask every host's kernel and engine for all that a cluster could leave there, by host and kind."""
-        return {host: self._observe(host) for host in HOSTS}
+        return {host.name: self._observe(host.name) for host in self.lab.status().lab.hosts}
 
     def _observe(self, host: str) -> dict[str, Counter[str]]:
         seen = json.loads(
             self.lab.run(host, sys.executable, "-c", _OBSERVE, f"/meshcompute-lab/{self.lab.name}/{host}").stdout
         )
+        # What the host has written anywhere on its root; below it is the machine's, where others write, too.
+        upper = Path(f"/proc/{self.lab.status().supervisor_pid}/root/mnt/hosts/{host}/upper")
+        written = [f"/{path.relative_to(upper)}" for path in upper.rglob("*") if "__pycache__" not in path.parts]
+        assert "/etc/passwd" in written  # or this looks at the wrong place
+        seen["files"] = [path for path in (*seen["files"], *written) if not EXPECTED_FILES.match(path)]
         return {kind: Counter(what) for kind, what in seen.items()}
 
     def wait_as(self, before: Mapping[str, Mapping[str, Counter[str]]], timeout: float = GONE_SECONDS) -> None:
@@ -205,9 +214,10 @@ class LabBench:
         """What a service of a host wrote: ``site`` (the daemon), ``sshd`` or ``engine``."""
         return self.lab.run(host, "cat", f"/var/log/lab/{service}.log").stdout
 
-    def restart_daemon(self, host: str) -> None:
-        """Start a host's daemon again, which must have ended; returns when it answers."""
-        self.lab.run(host, "sh", "-c", "setsid sh /etc/lab/site </dev/null >/dev/null 2>&1 &")
+    def restart_daemon(self, host: str, *options: str) -> None:
+        """Start a host's daemon again, which must have ended, with these options; returns when it answers."""
+        start = 'rm -f /run/lab.site.ended; setsid sh /etc/lab/site "$@" </dev/null >/dev/null 2>&1 &'
+        self.lab.run(host, "sh", "-c", start, "sh", *options)
         self.wait_until(
             lambda: self.lab.run(host, "meshcompute-site", "ping", check=False).returncode == 0,
             f"{host}'s daemon answers",
@@ -248,13 +258,16 @@ def open_lab_bench(**options: Any) -> Iterator[LabBench]:
         stack.callback(stop)
         bench = LabBench(running)
         stack.callback(bench.close)
-        for host in HOSTS:
+        for host in lab.hosts:
             bench.wait_until(
                 lambda host=host: (
-                    running.run(host, "docker", "image", "inspect", IMAGE, check=False).returncode == 0
-                    and running.run(host, "meshcompute-site", "ping", check=False).returncode == 0
+                    running.run(host.name, "docker", "image", "inspect", IMAGE, check=False).returncode == 0
+                    and (
+                        host.has_systemd
+                        or running.run(host.name, "meshcompute-site", "ping", check=False).returncode == 0
+                    )
                 ),
-                f"{host} has an engine with the image, and a daemon",
+                f"{host.name} has an engine with the image, and a daemon unless it is to be installed",
             )
         yield bench
 
@@ -289,15 +302,9 @@ for entry in os.listdir("/proc"):
                 except OSError:
                     pass
 files = []
-for top in ("/run", "/dev/shm", "/home/mesh", "/home/guest", "/var/lib/meshcompute"):
+for top in ("/run", "/dev/shm", "/data"):  # file systems of the host's own
     for folder, folders, names in os.walk(top):
         files += [os.path.join(folder, name) for name in (*folders, *names)]
-for top in ("/", "/tmp", "/var/tmp", "/root", "/root/.ssh", "/etc", "/data"):  # what is deeper there is the machine's
-    files += [os.path.join(top, name) for name in os.listdir(top)]
-# The engine is asked below; the daemon makes its folders when it needs them first, and remembers for a time which
-# clusters have ended, so that a late request does not bring them back.
-expected = "/run/(docker|containerd)|/var/lib/meshcompute/([a-z]+$|tombstones/)"
-files = [path for path in files if not re.match(expected, path)]
 seen = {
     "processes": processes,
     "namespaces": [name.split()[0] for name in namespaces],
