@@ -5,8 +5,11 @@
 # The command finds the cluster by DASK_SCHEDULER_ADDRESS. All options: scripts/dask-boot.sh --help
 # PYTHON chooses the interpreter, which needs meshcompute.
 set -euo pipefail
+# Looking whether it is there, with what it imports, is quicker than importing it twice.
+looks='import sys; from importlib.util import find_spec
+sys.exit(not all(map(find_spec, ("meshcompute.clustercli", "click", "distributed", "aiohttp", "pydantic"))))'
 for python in ${PYTHON:-python python3}; do
-    if "$python" -c 'import meshcompute.clustercli' 2>/dev/null; then
+    if "$python" -c "$looks" 2>/dev/null; then
         exec "$python" -m meshcompute.clustercli up "$@"
     fi
 done

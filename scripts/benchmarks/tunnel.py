@@ -167,7 +167,8 @@ def iperf(source: Place, target: str, seconds: float) -> float:
 def mover(lab: RunningLab, address: str, chunk_nbytes: int) -> Iterator[subprocess.Popen[str]]:
     """Have a process on the client's host that lets the cluster move chunks."""
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    command = (sys.executable, "-c", _MOVER, address, SOURCE, TARGET, str(chunk_nbytes))
+    # The patch releases of Python here and in the image may differ, which is no news.
+    command = (sys.executable, "-W", "ignore", "-c", _MOVER, address, SOURCE, TARGET, str(chunk_nbytes))
     with lab.popen("client", *command, user="mesh", **pipes) as process:
         assert process.stdin is not None
         assert process.stdout is not None
