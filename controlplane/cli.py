@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import TypeVar
 
 import click
 
@@ -18,8 +20,11 @@ from meshcompute.protocol import DEFAULT_SOCKET
 __all__ = ["main", "site"]
 
 DEFAULT_CONFIG = "/etc/meshcompute/site.toml"
+T = TypeVar("T")
+
 NOT_HEALTHY = 1
 NO_ANSWER = 2
+REFUSED = 1
 FINDINGS = 1
 
 _config = click.option(
@@ -135,6 +140,45 @@ def ping(*, socket: str) -> None:
     if pong.is_healthy:
         click.echo(f"the daemon at {socket} answers and is healthy")
     sys.exit(0 if pong.is_healthy else NOT_HEALTHY)
+
+
+@site.command(name="list")
+@_socket
+def list_(*, socket: str) -> None:
+    """Show your clusters at this site; operators see everybody's."""
+    from controlplane.talk import list_clusters
+
+    rows = [("cluster", "name", "user", "phase", "workers", "lease")]
+    for status in _asked(lambda: list_clusters(socket)):
+        running = sum(worker["state"] == "running" for worker in status["workers"])
+        workers = f"{running} of {len(status['workers'])}"
+        lease = f"{status['lease_remaining_seconds']:.0f} s"
+        rows.append((status["cluster_id"], status["name"], status["owner"], status["phase"], workers, lease))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+@site.command()
+@_socket
+@click.argument("cluster")
+def end(*, socket: str, cluster: str) -> None:
+    """End one of your clusters, by its id or the beginning of it; operators end everybody's."""
+    from controlplane import talk
+
+    _asked(lambda: talk.end(socket, cluster))
+    click.echo("it is ended; what is left of it is being removed")
+
+
+def _asked(question: Callable[[], T]) -> T:
+    """Answer a question to the daemon, or end with what it said."""
+    from controlplane.talk import NoAnswerError, RefusedError
+
+    try:
+        return question()
+    except (NoAnswerError, RefusedError) as exc:
+        click.echo(str(exc), err=True)
+        sys.exit(NO_ANSWER if isinstance(exc, NoAnswerError) else REFUSED)
 
 
 @site.command()

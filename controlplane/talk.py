@@ -1,8 +1,8 @@
-"""Talk to the daemon from its own host: ``meshcompute-site ping`` and ``connect``.
+"""Talk to the daemon from its own host: ``meshcompute-site ping``, ``connect``, ``list`` and ``end``.
 
-Covers one question over the socket, and passing bytes between a socket and this process's standard input and output:
-what a client runs through SSH to find out why it cannot reach a site, and where sshd forbids forwarding. Loads nothing
-but the standard library, because it runs for every connection.
+Covers single questions over the socket, and passing bytes between a socket and this process's standard input and
+output: what a client runs through SSH to find out why it cannot reach a site, and where sshd forbids forwarding. Loads
+nothing but the standard library, because it runs for every connection.
 """
 
 from __future__ import annotations
@@ -13,19 +13,27 @@ import json
 import os
 import selectors
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from controlplane.errors import SiteError
 
-__all__ = ["NoAnswerError", "Pong", "UnixConnection", "ping", "splice"]
+__all__ = ["NoAnswerError", "Pong", "RefusedError", "UnixConnection", "end", "list_clusters", "ping", "splice"]
 
 TIMEOUT_SECONDS = 5.0
+MAX_ANSWER_NBYTES = 1 << 26
+FIRST_ERROR = 400  # RFC 9110, 15.5
 CHUNK_NBYTES = 1 << 16
 LINGER_SECONDS = 10.0  # of silence after our own end; longer than the daemon waits for the machine before it answers
 
 
 class NoAnswerError(SiteError):
     """Nobody answers at the socket, or not as a site's daemon does."""
+
+
+class RefusedError(SiteError):
+    """The daemon understood, and refuses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,23 +107,86 @@ def ping(path: str) -> Pong:
     NoAnswerError
         With the reason why there is none.
     """
-    connection = UnixConnection(path)
-    try:
-        connection.request("GET", "/v1/health")
-        response = connection.getresponse()
-        content = json.loads(response.read(1 << 20))
+    with _answers_expected(path):
+        content = _ask(path, "GET", "/v1/health")
         conditions = content["conditions"]
         return Pong(
             is_healthy=bool(content["is_healthy"]),
             messages=tuple(str(condition["message"]) for condition in conditions if not condition["is_true"]),
         )
+
+
+def list_clusters(path: str) -> list[dict[str, Any]]:
+    """Ask for all clusters that this account may see; operators see everybody's.
+
+    Parameters
+    ----------
+    path
+        The daemon's socket.
+
+    Returns
+    -------
+    list of dict
+        The daemon's words for each (:class:`meshcompute.protocol.ClusterStatus`).
+
+    Raises
+    ------
+    NoAnswerError
+        With the reason why there is no answer.
+    RefusedError
+        This account may not use the site.
+    """
+    with _answers_expected(path):
+        return [dict(status) for status in _ask(path, "GET", "/v1/clusters")]
+
+
+def end(path: str, cluster_id: str) -> None:
+    """End a cluster.
+
+    Parameters
+    ----------
+    path
+        The daemon's socket.
+    cluster_id
+        The cluster, or the beginning of its id, if it is the only one.
+
+    Raises
+    ------
+    NoAnswerError
+        With the reason why there is no answer.
+    RefusedError
+        There is no such cluster, or more than one, or it is somebody else's.
+    """
+    found = [status for status in list_clusters(path) if status["cluster_id"].startswith(cluster_id)]
+    if len(found) != 1:
+        raise RefusedError(f"{len(found)} clusters here begin with {cluster_id!r}: see meshcompute-site list.")
+    with _answers_expected(path):
+        _ask(path, "DELETE", f"/v1/clusters/{found[0]['cluster_id']}?epoch={found[0]['epoch']}")
+
+
+def _ask(path: str, method: str, url: str) -> Any:
+    connection = UnixConnection(path)
+    try:
+        connection.request(method, url)
+        response = connection.getresponse()
+        content = json.loads(response.read(MAX_ANSWER_NBYTES))
+        if response.status >= FIRST_ERROR:
+            raise RefusedError(str(content["error"]["message"]))
+        return content
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _answers_expected(path: str) -> Iterator[None]:
+    """Say of whatever else comes back that it is no answer."""
+    try:
+        yield
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as exc:
         raise NoAnswerError(
             f"What listens at {path} gives no answer of a site's daemon ({type(exc).__name__}: {exc}). "
             "See journalctl -u meshcompute-site."
         ) from exc
-    finally:
-        connection.close()
 
 
 def splice(path: str, source: int = 0, sink: int = 1) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pwd
+import re
 import signal
 import socket
 import subprocess
@@ -360,6 +361,29 @@ def test_ping_tells_whether_the_daemon_works_and_why_not(site, tmp_path):
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "dead.sock"))
     assert "Nobody listens" in ping(tmp_path / "dead.sock").stderr
+
+
+def test_list_and_end_show_and_end_the_callers_clusters(site):
+    def run(*arguments):
+        done = subprocess.run(
+            site.command(*arguments, "--socket", site.socket),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            cwd="/",
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    cluster_id = new_id()
+    assert site.put(cluster_id).status == 200
+    code, said = run("list")
+    assert code == 0
+    assert re.search(rf"(?m)^{cluster_id}  \S+ +\S+ +(pending|ready) +\d+ of \d+ +\d+ s$", said), said
+    assert run("end", "nothing") == (1, "0 clusters here begin with 'nothing': see meshcompute-site list.\n")
+    code, said = run("end", cluster_id[:12])
+    assert (code, said) == (0, "it is ended; what is left of it is being removed\n")
+    assert cluster_id not in run("list")[1]
 
 
 def test_connect_passes_bytes_both_ways(site):
