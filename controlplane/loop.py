@@ -49,7 +49,6 @@ RESYNC_SECONDS = 5.0  # how long something that changed by itself may go unseen
 SETTLING_SECONDS = 0.2  # ... while units are starting
 SWEEP_SECONDS = 60.0
 ENGINE_PATIENCE_SECONDS = 5.0  # an engine that is silent for longer is unknown: leases and answers do not wait for it
-STOP_GRACE_SECONDS = 3.0  # a worker that has nothing to save; Dask's own handlers take less than one
 STEADY_SECONDS = 60.0  # a unit that has run so long starts without delay when it exits
 
 
@@ -237,7 +236,7 @@ class Loop:
             units = await self._runtime.observe()
             for step in plan_sweep(self._wishes.cluster_ids(), units):
                 logger.info("sweep a unit of no cluster name=%s", step.name)
-                await self._runtime.stop(step.name, STOP_GRACE_SECONDS)
+                await self._runtime.stop(step.name, step.grace_seconds)
             async with self._gateways:
                 await self._plane.sweep(set(self._wishes.cluster_ids()))
         except Exception as exc:
@@ -376,7 +375,7 @@ class Loop:
                 deadlines = {**seen.memory.deadline_by_unit, step.name: step.deadline}
                 seen.memory = replace(seen.memory, deadline_by_unit=deadlines)
             case StopUnit():
-                await self._runtime.stop(step.name, STOP_GRACE_SECONDS)
+                await self._runtime.stop(step.name, step.grace_seconds)
                 # An end that was wanted is no failure: the next start of this name need not wait.
                 others = {key: start for key, start in seen.memory.starts_by_unit.items() if key != step.name}
                 seen.memory = replace(seen.memory, starts_by_unit=others)

@@ -42,6 +42,8 @@ __all__ = [
 RENEW_SLACK_SECONDS = 0.5  # deadlines that differ by less are the same
 RETRY_FIRST_SECONDS = 0.5
 RETRY_MAX_SECONDS = 30.0
+STOP_GRACE_SECONDS = 3.0  # of a unit whose cluster goes on; Dask's own handlers take less than one
+END_GRACE_SECONDS = 0.5  # of one whose cluster ends: a worker says goodbye to a scheduler that has gone for minutes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +104,10 @@ class RenewUnit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StopUnit:
-    """End a unit, and remove all of it."""
+    """End a unit, and remove all of it; its processes get so long to end by themselves."""
 
     name: str
+    grace_seconds: float = STOP_GRACE_SECONDS
 
     def __str__(self) -> str:
         return f"stop {self.name}"
@@ -273,7 +276,7 @@ def plan_cluster(
 
 
 def _removal(cluster_id: str, observed: Observed, memory: Memory) -> tuple[Step, ...]:
-    steps: list[Step] = [StopUnit(name=name) for name in sorted(observed.units or ())]
+    steps: list[Step] = [StopUnit(name=name, grace_seconds=END_GRACE_SECONDS) for name in sorted(observed.units or ())]
     if observed.gateway is not None:
         steps += [
             DetachUnit(cluster_id=cluster_id, name=name, address=link[1])
@@ -354,4 +357,8 @@ def plan_sweep(known: Collection[str], units: Mapping[str, WorkerState] | None) 
     tuple
         What to stop.
     """
-    return tuple(StopUnit(name=name) for name, state in sorted((units or {}).items()) if state.cluster_id not in known)
+    return tuple(
+        StopUnit(name=name, grace_seconds=END_GRACE_SECONDS)
+        for name, state in sorted((units or {}).items())
+        if state.cluster_id not in known
+    )
