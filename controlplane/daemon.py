@@ -15,10 +15,10 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import platform
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -34,18 +34,14 @@ from controlplane.state import Owner, Store
 from controlplane.workers.base import WorkerRuntime
 from meshcompute.protocol import API_VERSION, Condition, Limits, SiteInfo
 
-__all__ = ["Daemon", "SocketTakenError", "own_version", "packages_here"]
+__all__ = ["Daemon", "SocketTakenError", "own_version"]
 
 logger = logging.getLogger(__name__)
 
 REMOVE_SECONDS = 60.0  # for everything, when the operator ends all clusters
 SHUTDOWN_SECONDS = 2.0  # for requests that are under way when the daemon ends
 SOCKET_MODE = 0o666  # who may do what is decided by who it is, and by nothing that can be read at the door
-# What a client compares with its own: Dask and what travels between its processes.
-PACKAGES = (
-    *("dask", "distributed", "xarray", "numpy", "pandas", "pyarrow", "msgpack", "cloudpickle", "tornado", "toolz"),
-    *("zarr", "netCDF4", "fsspec", "s3fs", "lz4", "meshcompute"),
-)
+PACKAGES_SECONDS = 5.0  # how long an answer waits for the versions of an image's packages, once
 
 
 class SocketTakenError(SiteError):
@@ -58,15 +54,6 @@ def own_version() -> str:
         return importlib.metadata.version("meshcompute")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
-
-
-def packages_here() -> dict[str, str]:
-    """Versions of what is installed for this interpreter."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
 
 
 def make_plane(config: SiteConfig, clock: Clock) -> DataPlane:
@@ -143,7 +130,8 @@ class Daemon:
         self._clock = clock or SystemClock()
         self._plane = plane or make_plane(config, self._clock)
         self._runtime = runtime or make_runtime(config, self._clock)
-        self._packages: dict[str, str] = {}
+        self._asking: asyncio.Task[dict[str, str]] | None = None
+        self._asked_at = 0.0
         account = _account(config)
         self.site = Site(
             config=config,
@@ -184,6 +172,7 @@ class Daemon:
             listener = listen(self.config.socket)
             inode = _inode_of(self.config.socket)
             working = asyncio.create_task(loop.run())
+            self._ask_packages()  # now, and not when the first client waits for it
             try:
                 await web.SockSite(runner, listener).start()
                 notify_systemd("READY=1")
@@ -197,6 +186,8 @@ class Daemon:
                 _unlink_own(self.config.socket, inode)
                 await runner.cleanup()
                 await _cancelled(working)
+                assert self._asking is not None
+                await _cancelled(self._asking)
                 await self._plane.close()
                 logger.info("ended pool=%s clusters_left=%d", self.config.pool, len(self.site.cluster_ids()))
 
@@ -222,8 +213,6 @@ class Daemon:
     async def site_info(self) -> SiteInfo:
         """Say what the site is and offers."""
         config = self.config
-        if not self._packages:
-            self._packages = await asyncio.to_thread(packages_here)
         return SiteInfo(
             pool=config.pool,
             version=own_version(),
@@ -240,9 +229,29 @@ class Daemon:
             wireguard_backend=getattr(self._plane, "backend", "none"),
             runtime=config.runtime,
             network=config.network,
-            packages=self._packages,
+            packages=await self._packages(),
             endpoints=config.network_options.endpoints,
         )
+
+    async def _packages(self) -> dict[str, str]:
+        """Versions of what workers run with; none as long as the engine does not say."""
+        if self._asking is None or self._asking.done():
+            self._ask_packages()
+        assert self._asking is not None
+        remaining = self._asked_at + PACKAGES_SECONDS - self._clock.monotonic()
+        await asyncio.wait([self._asking], timeout=max(0.0, remaining))
+        return self._asking.result() if self._asking.done() else {}
+
+    def _ask_packages(self) -> None:
+        async def ask() -> dict[str, str]:
+            try:
+                return await self._runtime.packages(None)
+            except SiteError as exc:
+                logger.debug("versions are not known reason=%s", exc)
+                return {}
+
+        self._asking = asyncio.create_task(ask())
+        self._asked_at = self._clock.monotonic()
 
     def _new_loop(self) -> Loop:
         loop = Loop(plane=self._plane, runtime=self._runtime, wishes=self.site, clock=self._clock)
@@ -393,7 +402,7 @@ async def _wait_for_first(stop: asyncio.Event, working: asyncio.Task[None]) -> N
         working.result()
 
 
-async def _cancelled(task: asyncio.Task[None]) -> None:
+async def _cancelled(task: asyncio.Task[Any]) -> None:
     task.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await task

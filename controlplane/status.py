@@ -21,7 +21,7 @@ __all__ = ["gone_status", "status_of"]
 
 FRESH_HANDSHAKE_SECONDS = 180.0  # WireGuard makes a new key every 120 s where there is traffic, rejects after 180 s
 # Problems that no retry cures: somebody must change something first.
-_LASTING = frozenset({"Image", "PortTaken", "InvalidSpec", "SchedulerEnded"})
+_LASTING = frozenset({"Image", "Folder", "PortTaken", "InvalidSpec", "SchedulerEnded"})
 
 
 def status_of(

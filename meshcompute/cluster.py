@@ -43,7 +43,7 @@ from meshcompute.protocol import DEFAULT_SOCKET, SchedulerRequest, WorkerRequest
 from meshcompute.registration import wait_answering, wait_registered
 from meshcompute.renewals import Renewals
 from meshcompute.scaling import share_workers
-from meshcompute.sites import SiteError, parse_site
+from meshcompute.sites import SiteError, SiteRefusedError, parse_site
 from meshcompute.sitescaling import Scaler
 from meshcompute.versions import installed_versions, render_versions
 
@@ -256,12 +256,16 @@ class MeshCluster(Cluster):
         mesh = self.mesh
         await mesh.reach()
         self._say_versions()
-        client_port = choose_port("scheduler", self._ports[0], CLIENT_PORT)
-        dashboard_port = choose_port("dashboard", self._ports[1], DASHBOARD_PORT, but_not=client_port)
-        request = mesh.plan.scheduler.model_copy(update={"client_port": client_port, "dashboard_port": dashboard_port})
-        mesh.set_scheduler(request)
         self._in_background(self._renewals.run())
-        await mesh.start(deadline=deadline)
+        try:
+            self._choose_ports(CLIENT_PORT, DASHBOARD_PORT)
+            await mesh.start(deadline=deadline)
+        except SiteRefusedError as exc:
+            if exc.kind != "conflict" or None not in self._ports:
+                raise
+            # Perhaps another boot on this host was a moment faster at the usual ports: so once more, at others.
+            self._choose_ports(0, 0)
+            await mesh.start(deadline=deadline)
         status = mesh.scheduler_status
         assert status is not None
         assert status.scheduler is not None
@@ -279,6 +283,12 @@ class MeshCluster(Cluster):
         if status.scheduler.dashboard_address:
             self._say(f"dashboard at {status.scheduler.dashboard_address}")
 
+    def _choose_ports(self, *usual: int) -> None:
+        client_port = choose_port("scheduler", self._ports[0], usual[0])
+        dashboard_port = choose_port("dashboard", self._ports[1], usual[1], but_not=client_port)
+        ports = {"client_port": client_port, "dashboard_port": dashboard_port}
+        self.mesh.set_scheduler(self.mesh.plan.scheduler.model_copy(update=ports))
+
     def _set_propagate(self) -> None:
         if self._propagate:
             import meshcompute.clients  # noqa: F401 - hooks the clients that the setting is for
@@ -290,7 +300,9 @@ class MeshCluster(Cluster):
         names = {name for info in infos.values() for name in info.packages}
         places = {"client": installed_versions(names), "scheduler": infos[SCHEDULER_SITE].packages}
         places |= {info.pool: info.packages for site, info in infos.items() if site != SCHEDULER_SITE}
-        table = render_versions(places)
+        table = render_versions(
+            {place: packages for place, packages in places.items() if packages}
+        )  # others do not say
         if table:
             self._say(f"versions differ (work goes on; the same everywhere is safer):\n{table}")
 

@@ -1,6 +1,8 @@
 """What the tests of the control plane share: a clock to move by hand, a runtime in memory, and plain examples."""
 
 import asyncio
+import importlib.metadata
+import platform
 
 from controlplane.config import parse_config
 from controlplane.errors import ApplyError, RuntimeUnknownError
@@ -103,6 +105,10 @@ class FakeRuntime:
 
     async def check_image(self, image):
         self._check()
+
+    async def packages(self, image):
+        self._check()
+        return {"python": platform.python_version(), "dask": importlib.metadata.version("dask")}
 
     def exit(self, name):
         """A unit ends by itself."""

@@ -11,7 +11,8 @@ Errors of runtimes, below those of :mod:`..errors`::
     RuntimeUnknownError               the engine does not answer: nothing is known, so nothing may be concluded
     ApplyError ── UnitStartError      a unit cannot be started as it was asked for
     ConflictError ── PortTakenError   somebody else listens where the scheduler should be reached
-    InvalidSpecError ── ImageError    the image is not here
+    InvalidSpecError ┬─ ImageError    the image is not here
+                     └─ FolderError   a data folder is not here
     NotFoundError ── UnitUnknownError there is no unit of that name
 """
 
@@ -25,6 +26,7 @@ from typing import Literal, Protocol
 from controlplane.errors import ApplyError, ConflictError, InvalidSpecError, NotFoundError, RuntimeUnknownError
 
 __all__ = [
+    "FolderError",
     "ImageError",
     "PortTakenError",
     "RuntimeUnknownError",
@@ -48,6 +50,10 @@ class PortTakenError(ConflictError):
 
 class ImageError(InvalidSpecError):
     """The image is not here, or cannot be used."""
+
+
+class FolderError(InvalidSpecError):
+    """A data folder is not here, or not mounted."""
 
 
 class UnitUnknownError(NotFoundError):
@@ -206,6 +212,8 @@ class WorkerRuntime(Protocol):
             A scheduler's port on this host is taken.
         ImageError
             There is no such image.
+        FolderError
+            A data folder is not here.
         RuntimeUnknownError
             The engine does not answer.
         """
@@ -283,6 +291,28 @@ class WorkerRuntime(Protocol):
         ------
         ImageError
             It is not here.
+        RuntimeUnknownError
+            The engine does not answer.
+        """
+        ...
+
+    async def packages(self, image: str | None) -> dict[str, str]:
+        """Ask with which versions of packages workers run.
+
+        Parameters
+        ----------
+        image
+            Their image, or ``None`` for the runtime's default; a runtime without images ignores it.
+
+        Returns
+        -------
+        dict
+            Version by package, ``python`` among them.
+
+        Raises
+        ------
+        ImageError
+            It is not here, or cannot be asked.
         RuntimeUnknownError
             The engine does not answer.
         """

@@ -14,6 +14,7 @@ attached to its namespace from outside (:mod:`..network`). ::
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import shutil
@@ -34,6 +35,7 @@ from docker.types import LogConfig, Mount
 import docker
 from controlplane.workers import entrypoint, locallistener, nursery, relay
 from controlplane.workers.base import (
+    FolderError,
     ImageError,
     RuntimeUnknownError,
     UnitStartError,
@@ -47,6 +49,7 @@ from controlplane.workers.commands import (
     reason_of,
     spill_bytes_of,
 )
+from controlplane.workers.inventory import inventory_command, parse_inventory
 from controlplane.workers.namespaces import submounts_of
 from controlplane.workers.ports import listen_locally
 from controlplane.workers.processes import ProcessRecord, disown, is_alive, read_record, record_of, write_record
@@ -64,6 +67,8 @@ KEEPER_BYTES = 64 << 20  # the keeper and docker-init, and the kernel's own memo
 AFTER_A_PARTITION = {"net.ipv4.tcp_rto_max_ms": "5000", "net.ipv4.tcp_retries2": "190"}
 CPU_PERIOD_MICROSECONDS = 100_000  # the kernel's own default
 PROCESSES_PER_WORKER = 256  # threads count, too: Dask's own, those of NumPy's libraries, and what tasks start
+NOBODY = "65534:65534"
+INVENTORY_BYTES, INVENTORY_PROCESSES = 256 << 20, 16
 ENGINE_TIMEOUT_SECONDS = 30.0
 RELAY_TIMEOUT_SECONDS = 5.0
 POLL_SECONDS = 0.02
@@ -145,6 +150,37 @@ def container_options(
     }
 
 
+def inventory_options(image: str, name: str) -> dict[str, Any]:
+    """Decide what the container is like that tells the versions of an image's packages. Pure.
+
+    Parameters
+    ----------
+    image
+        The image.
+    name
+        Of the container.
+
+    Returns
+    -------
+    dict
+        Arguments of the Docker library's ``containers.create``.
+    """
+    entrypoint, *command = inventory_command("python3")
+    return {
+        "image": image,
+        "name": name,
+        "entrypoint": [entrypoint],
+        "command": command,
+        "user": NOBODY,
+        "read_only": True,
+        "cap_drop": ["ALL"],
+        "security_opt": ["no-new-privileges"],
+        "network_mode": "none",
+        "mem_limit": INVENTORY_BYTES,
+        "pids_limit": INVENTORY_PROCESSES,
+    }
+
+
 class DockerRuntime:
     """Start units as containers.
 
@@ -182,6 +218,7 @@ class DockerRuntime:
         self.proc = proc
         self._client: Any = None
         self._starting: set[str] = set()
+        self._packages_by_image: dict[str, dict[str, str]] = {}
         self._relays: dict[str, subprocess.Popen[bytes]] = {}
 
     async def observe(self) -> dict[str, WorkerState]:
@@ -214,6 +251,10 @@ class DockerRuntime:
     async def check_image(self, image: str | None) -> None:
         """Look for an image at the engine; see :meth:`.WorkerRuntime.check_image`."""
         await asyncio.to_thread(self._check_image, image or self.image)
+
+    async def packages(self, image: str | None) -> dict[str, str]:
+        """Ask an image, once, by a container that only prints; see :meth:`.WorkerRuntime.packages`."""
+        return await asyncio.to_thread(self._packages, image or self.image)
 
     async def close(self) -> None:
         """Close the connections to the engine; see :meth:`.WorkerRuntime.close`."""
@@ -291,6 +332,7 @@ class DockerRuntime:
                     return state
                 self._remove(spec.name, 0)
             self._check_image(image)
+            _check_folders(spec)
             listeners = listen_locally(spec) if spec.role == "scheduler" else []
             try:
                 self._give(spec)
@@ -385,6 +427,29 @@ class DockerRuntime:
                     f"with scripts/build-image.sh --tag {image}."
                 ) from None
 
+    def _packages(self, image: str) -> dict[str, str]:
+        name = f"mc-packages-{hashlib.sha256(f'{self.folder.path} {image}'.encode()).hexdigest()[:8]}"
+        with self._engine() as engine:
+            self._check_image(image)
+            image_id = engine.images.get(image).id
+            if image_id in self._packages_by_image:
+                return self._packages_by_image[image_id]
+            _discard(engine, name)  # of a daemon that was killed in the midst of this
+            try:
+                container = engine.containers.create(**inventory_options(image_id, name))
+                container.start()
+                container.wait(timeout=self.timeout_seconds)
+                found = parse_inventory(container.logs(stderr=False).decode(errors="replace"))
+            except (APIError, ValueError) as exc:
+                raise ImageError(
+                    f"The image {image} does not say which packages it has ({exc}): it needs python3 3.11 or newer, "
+                    "and Dask. Build it with scripts/build-image.sh."
+                ) from exc
+            finally:
+                _discard(engine, name)
+        self._packages_by_image[image_id] = found
+        return found
+
     # The relay of a scheduler
 
     def _start_relay(self, spec: WorkerSpec, listeners: list[Any], pid: int) -> None:
@@ -432,6 +497,21 @@ class DockerRuntime:
                 finally:
                     for listener in listeners:
                         listener.close()
+
+
+def _discard(engine: Any, name: str) -> None:
+    with suppress(NotFound):
+        engine.containers.get(name).remove(force=True)
+
+
+def _check_folders(spec: WorkerSpec) -> None:
+    """Refuse a folder that is not here; the engine would say so, too, and be asked again and again."""
+    for folder in spec.data_folders:
+        if not Path(folder).is_dir():
+            raise FolderError(
+                f"The data folder {folder} is not at this site now: its operator has to mount it, or to take it out of "
+                "workers.data_folders in site.toml."
+            )
 
 
 def _probe(base_url: str) -> None:

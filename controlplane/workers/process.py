@@ -19,9 +19,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from controlplane.command import run
+from controlplane.errors import SiteError
 from controlplane.workers import entrypoint, nursery
-from controlplane.workers.base import UnitStartError, WorkerSpec, WorkerState
+from controlplane.workers.base import ImageError, UnitStartError, WorkerSpec, WorkerState
 from controlplane.workers.commands import plan_unit, reason_of
+from controlplane.workers.inventory import inventory_command, parse_inventory
 from controlplane.workers.namespaces import find_namespace, submounts_of, wrap
 from controlplane.workers.ports import listen_locally
 from controlplane.workers.processes import (
@@ -40,6 +43,7 @@ __all__ = ["ProcessRuntime"]
 GRACE_SECONDS = 5.0  # at the end of a lease; stop() says its own
 KILL_TIMEOUT_SECONDS = 10.0
 POLL_SECONDS = 0.02
+INVENTORY_TIMEOUT_SECONDS = 30.0
 # What another user's processes may know of this one's environment.
 _SHARED_VARIABLES = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH")
 
@@ -85,6 +89,7 @@ class ProcessRuntime:
         self._namespace: tuple[str, ...] | None = None
         self._has_looked = False
         self._starting: set[str] = set()
+        self._packages: dict[str, str] = {}
 
     @property
     def is_isolated(self) -> bool:
@@ -131,6 +136,18 @@ class ProcessRuntime:
 
     async def check_image(self, image: str | None) -> None:
         """Accept every image: processes have none, they run the Python of this host."""
+
+    async def packages(self, image: str | None) -> dict[str, str]:
+        """Ask the interpreter of the workers; see :meth:`.WorkerRuntime.packages`."""
+        if not self._packages:
+            try:
+                output = await run(inventory_command(self.python), timeout_seconds=INVENTORY_TIMEOUT_SECONDS)
+                self._packages = parse_inventory(output.stdout)
+            except (SiteError, ValueError) as exc:
+                raise ImageError(
+                    f"{self.python} does not say which packages it has ({exc}): correct process.python in site.toml."
+                ) from exc
+        return self._packages
 
     async def close(self) -> None:
         """Let go of the units, which live on; see :meth:`.WorkerRuntime.close`."""

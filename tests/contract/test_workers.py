@@ -4,6 +4,7 @@ The process runtime needs nothing. The Docker runtime needs root, an engine and 
 starts an engine of its own in namespaces of its own, which end with this process.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -19,9 +20,17 @@ import pytest
 from workerbench import DockerBench, ProcessBench, client_of
 
 from controlplane.errors import RuntimeUnknownError
-from controlplane.workers.base import ImageError, PortTakenError, UnitStartError, UnitUnknownError, WorkerSpec
+from controlplane.workers.base import (
+    FolderError,
+    ImageError,
+    PortTakenError,
+    UnitStartError,
+    UnitUnknownError,
+    WorkerSpec,
+)
 from controlplane.workers.docker import DockerRuntime
 from controlplane.workers.processes import is_alive, read_record
+from docker import DockerClient
 
 BENCHES = {"process": ProcessBench, "docker": DockerBench}
 
@@ -106,6 +115,42 @@ def test_processes_have_no_capability_and_cannot_get_any(bench, unit):
             assert {status[kind] for kind in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
         assert status["Uid"].split() == [str(unit.uid)] * 4
         assert status["Gid"].split() == [str(unit.gid)] * 4
+
+
+def test_the_versions_of_packages_are_those_that_workers_have(bench, unit):
+    told = bench.do(bench.runtime.packages(None))
+    assert {"python", "dask", "distributed", "numpy", "meshcompute"} <= set(told)
+    names = set(told) - {"python"}
+
+    def versions():
+        import importlib.metadata
+        import platform
+
+        return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+    assert bench.on(unit.process_names[0], versions) == told
+    assert bench.do(bench.opened(bench.new_runtime()).packages(None)) == told
+
+
+@only_docker
+def test_an_image_is_asked_for_its_packages_by_a_container_of_which_nothing_is_left(bench):
+    def names():
+        with contextlib.closing(DockerClient(base_url=bench.base_url)) as engine:
+            return {container.name for container in engine.containers.list(all=True)}
+
+    before = names()
+    assert bench.do(bench.opened(bench.new_runtime()).packages(None))["dask"]
+    assert names() == before
+    with pytest.raises(ImageError, match="no-such-image"):
+        bench.do(bench.runtime.packages("no-such-image:1"))
+
+
+@only_docker
+def test_a_data_folder_that_is_not_mounted_is_named(bench):
+    spec = replace(bench.spec("folderless"), data_folders=("/data/not-mounted",))
+    with pytest.raises(FolderError, match=r"/data/not-mounted .*workers\.data_folders"):
+        bench.do(bench.runtime.start(spec))
+    assert spec.name not in bench.do(bench.runtime.observe())
 
 
 def test_data_can_be_read_at_its_own_path_and_not_be_written(bench, unit):
