@@ -2,7 +2,8 @@
 
 Covers what happens once, as a unit starts: half a second of a processor for importing Dask, which each of its workers
 would take for itself. Does not cover keeping the processes, nor starting them again: that is the keeper's
-(:mod:`.entrypoint`), which starts plainly what does not come from here. It needs Python and what it imports::
+(:mod:`.entrypoint`), which starts by itself what does not come from here: all, if an import fails or starts a thread.
+It needs Python and what it imports::
 
     nursery.py PLAN-FOLDER-FD REPORT-FD OUTPUT-FD,...  PADDING
         imports ── a line on stdin: the address is there ── forks ── ends
@@ -99,6 +100,9 @@ def main(arguments: list[str]) -> None:
     del sys.path[0]  # the folder of this file is nobody's to import from
     for module in plan["nursery"]["imports"]:
         importlib.import_module(module)
+    threads = len(list(Path("/proc/self/task").iterdir()))
+    if threads > 1:
+        raise RuntimeError(f"the imports have started {threads - 1} threads, which a fork would lose")
     if not sys.stdin.readline():
         return
     with contextlib.suppress(OSError), open(os.devnull) as nothing:  # noqa: PTH123

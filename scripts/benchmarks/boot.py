@@ -33,11 +33,11 @@ N_HANDSHAKES = 6  # three links, seen from both ends
 
 # Each ends with a line of the command, or with what the scheduler noted; in order of their ends.
 STAGES = {
-    "command and imports": "the client's Python runs and has reached its own host's daemon",
+    "command and imports": "its own host's daemon has answered",
     "sites reached": "through SSH",
-    "keys": "gateways are made, public keys exchanged",
+    "keys": "gateways made, public keys exchanged",
     "peers": "every gateway knows the others",
-    "links": "all have shaken hands; containers of workers run",
+    "links": "handshakes seen, containers run",
     "first worker": "registered at the scheduler",
     "all workers": "registered at the scheduler",
     "ready": "the command says so",
@@ -163,15 +163,15 @@ def main() -> int:
             time.sleep(0.5)  # what the machine still does for the last one is not the next one's
     seconds = {name: spread([times[name] for times in runs]) for name in (*STAGES, "scheduler", "down")}
     print(f"\n{where}\nround trip {options.round_trip:g} ms, no limit of rate, {len(runs)} runs")
-    print(f"{'until, s after the command':<28}{'median':>8}{'min':>8}{'max':>8}{'step':>8}")
+    print(f"{'seconds since the command':<26}{'median':>8}{'min':>7}{'max':>7}{'step':>7}")
     before = 0.0
     for stage, what in STAGES.items():
         s = seconds[stage]
-        print(f"{stage:<28}{s['median']:>8.2f}{s['min']:>8.2f}{s['max']:>8.2f}{s['median'] - before:>8.2f}  {what}")
+        print(f"{stage:<26}{s['median']:>8.2f}{s['min']:>7.2f}{s['max']:>7.2f}{s['median'] - before:>7.2f}  {what}")
         before = s["median"]
-    for name, what in (("scheduler", "runs, while the sites make links"), ("down", "after SIGTERM, all is gone")):
+    for name, what in (("scheduler", "(runs, meanwhile)"), ("down", "after SIGTERM: all is gone")):
         s = seconds[name]
-        print(f"({name})".ljust(28) + f"{s['median']:>8.2f}{s['min']:>8.2f}{s['max']:>8.2f}{'':>8}  {what}")
+        print(f"{name:<26}{s['median']:>8.2f}{s['min']:>7.2f}{s['max']:>7.2f}{'':>7}  {what}")
     missed = [
         f"{what} took {seconds[name]['median']:.2f} s (median), and the bar is {bar:g} s"
         for name, what, bar in (

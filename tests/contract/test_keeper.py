@@ -175,6 +175,8 @@ def hatch(keep, tmp_path):
         (tmp_path / "path").mkdir()
         (tmp_path / "path/job.py").write_text(JOB)
         (tmp_path / "path/shared.py").write_text("import os, sys\nsys.imported_in = os.getpid()\n")
+        thread = "import threading, time\nthreading.Thread(target=time.sleep, args=(100,), daemon=True).start()\n"
+        (tmp_path / "path/threaded.py").write_text(thread)
         environment = {"NUMBER": "7", "PYTHONPATH": str(tmp_path / "path")}
         processes = [
             {"name": name, "argv": [sys.executable, "-m", "job", name, str(tmp_path)], "environment": environment}
@@ -220,10 +222,14 @@ def test_what_comes_from_the_nursery_dies_with_the_keeper(hatch):
     wait(lambda: not any(Path(f"/proc/{about['pid']}").exists() for about in processes), "the end of the processes")
 
 
-def test_without_the_nursery_everything_is_started_by_itself(hatch):
-    keeper, processes = hatch(["no_such_module"])
+@pytest.mark.parametrize(
+    ("imports", "reason"),
+    [("no_such_module", b"No module named 'no_such_module'"), ("threaded", b"the imports have started 1 threads")],
+)
+def test_where_the_nursery_fails_everything_is_started_by_itself(hatch, imports, reason):
+    keeper, processes = hatch([imports])
     assert [about["imported"] for about in processes] == [None, None]
     keeper.terminate()
     output, _ = keeper.communicate(timeout=30)
-    assert b"No module named 'no_such_module'" in output
+    assert reason in output
     assert b"p1 does not come from the nursery" in output
