@@ -275,7 +275,7 @@ def _engine(config: SiteConfig, facts: HostFacts) -> Iterator[Finding]:
                 level="bad",
                 subject="image",
                 message=f"{image} is not here",
-                cure=f"docker pull {image}, or build it with scripts/build-image.sh",
+                cure=f"build it (scripts/build-image.sh --tag {image}), or load it (docker load --input FILE)",
             )
         else:
             yield Finding(level="ok", subject="image", message=image)
