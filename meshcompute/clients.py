@@ -30,6 +30,7 @@ from distributed.client import _get_global_client
 from meshcompute import frames, planning, shipping, taskgraph
 from meshcompute.errors import MeshError, NoClientError, PoolsMissingError, UnknownPoolError, UnsupportedPinError
 from meshcompute.imports import when_imported
+from meshcompute.packing import mode_of
 from meshcompute.pools import (
     ANNOTATION,
     UNPINNED,
@@ -226,13 +227,31 @@ def check_pools(client: Client) -> None:
 
 def ensure_guard(client: Client) -> None:
     """Install the guard on a client's scheduler now, without waiting for the first graph."""
-    client.run_on_scheduler(shipping.Shipment(_InstallGuard(), with_sources=True))
+    client.run_on_scheduler(shipping.Shipment(_InstallGuard(compression_wanted()), with_sources=True))
     _provided(client).add(scheduler_id(client))
 
 
 class _InstallGuard:
+    def __init__(self, compression: str | None) -> None:
+        self.compression = compression
+
     def __call__(self, dask_scheduler: Any = None) -> None:
-        planning.install_guard(dask_scheduler)
+        planning.install_guard(dask_scheduler, self.compression)
+
+
+def compression_wanted() -> str | None:
+    """Read the setting ``meshcompute.compression`` of this process; None if it has none.
+
+    Raises
+    ------
+    ValueError
+        It is none of the values that there are.
+    """
+    given = dask.config.get("meshcompute.compression", default=_NOT_SET)
+    return None if given is _NOT_SET else mode_of(given)
+
+
+_NOT_SET = object()
 
 
 def scheduler_id(client: Client) -> str:
@@ -330,8 +349,16 @@ def _graph_to_futures(
         return original(self, expr, keys, *args, **kwargs)
     annotations = dask.get_annotations()
     resources = kwargs.pop("resources", None) or annotations.get("resources") or {}
-    common = split_resources(resources)[1] if isinstance(resources, Mapping) else {}
-    request = planning.Request(keys=tuple(keys), pin=pin, resources=common, is_propagating=is_propagating)
+    names, common = split_resources(resources) if isinstance(resources, Mapping) else ((), {})
+    if pin is None and names:  # client.submit(..., resources={"pool-ecmwf": 0}): Dask's own words for a pin
+        pin = Pin(names)
+    request = planning.Request(
+        keys=tuple(keys),
+        pin=pin,
+        resources=common,
+        is_propagating=is_propagating,
+        compression=compression_wanted(),
+    )
     identity = scheduler_id(self)
     planned = planning.PlannedExpression(expr, request, identity)
     provided = _provided(self)

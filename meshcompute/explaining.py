@@ -25,7 +25,9 @@ from distributed.client import _get_global_client
 from meshcompute import pinnedtasks, planning, taskgraph
 from meshcompute.errors import NotACollectionError
 from meshcompute.live import ClientView, EmptyView, View
+from meshcompute.packing import AUTO, OFF, mode_of
 from meshcompute.pools import Pin, activate, current_pin, pin_of_annotations
+from meshcompute.settings import setting
 
 __all__ = ["CLIENT", "Crossing", "Plan", "explain", "get_pool", "propagate_pools_in_collection"]
 
@@ -71,6 +73,8 @@ class Plan:
     ----------
     assignment
         The plan in the terms of Dask.
+    compression
+        Setting ``meshcompute.compression``.
 
     Attributes
     ----------
@@ -80,15 +84,18 @@ class Plan:
         Predicted bytes that the tasks of a pool make.
     bytes_between_pools : dict of (str, str) to int
         Predicted bytes from a source to a destination pool, or to ``"client"``. A value counts once per
-        destination.
+        destination, with its size in memory: packed, fewer bytes cross, how many nobody knows before the run.
+    compression : str
+        What happens to values between sites: ``"auto"``, ``"off"`` or a codec.
     crossings : tuple of Crossing
         What crosses, largest first.
     n_tasks : int
         Number of all tasks.
     """
 
-    def __init__(self, assignment: planning.Assignment) -> None:
+    def __init__(self, assignment: planning.Assignment, compression: str = OFF) -> None:
         self._assignment = assignment
+        self.compression = compression
         tasks, pools = assignment.tasks, assignment.pool_by_key
         self.n_tasks = len(tasks)
         self.tasks_by_pool: dict[str, int] = dict(sorted(Counter(pools[k] for k in tasks if k in pools).items()))
@@ -207,6 +214,8 @@ class Plan:
         lines += [f"{f'{a} -> {b}':<34}{format_bytes(n):>14}" for (a, b), n in self.bytes_between_pools.items()]
         if not self.bytes_between_pools:
             lines.append("nothing crosses between pools")
+        elif self.compression != OFF:
+            lines.append(_packing_note(self.compression))
         if self.crossings:
             lines += ["", "largest crossings"]
             lines += [
@@ -242,7 +251,14 @@ class Plan:
                 for c in self.crossings[:_SHOWN_CROSSINGS]
             ),
         )
-        return f"<div><b>Plan: {self.n_tasks} tasks</b>{tasks}{between}{crossings}</div>"
+        is_packed = self.compression != OFF and self.bytes_between_pools
+        note = f"<p>{_packing_note(self.compression)}</p>" if is_packed else ""
+        return f"<div><b>Plan: {self.n_tasks} tasks</b>{tasks}{between}{note}{crossings}</div>"
+
+
+def _packing_note(compression: str) -> str:
+    how = "zstd or lz4, where that is sooner across" if compression == AUTO else compression
+    return f"at most: values that cross are packed ({how})"
 
 
 def _layer_name(key: Key) -> str:
@@ -276,7 +292,8 @@ def explain(*collections: Any) -> Plan:
         raise NotACollectionError("explain", "nothing")
     activate()
     expr = FinalizeCompute(collections_to_expr(collections)).optimize()
-    return Plan(_assign(expr, tuple(flatten(expr.__dask_keys__()))))
+    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())))
+    return Plan(assignment, compression=mode_of(setting("compression")))
 
 
 def _assign(expr: Any, keys: tuple[Key, ...]) -> planning.Assignment:

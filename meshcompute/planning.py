@@ -43,12 +43,15 @@ class Request:
         Worker resources that every task of this computation asks for.
     is_propagating
         Place the tasks without a pin, too.
+    compression
+        Setting ``meshcompute.compression`` of the client; None: it has none.
     """
 
     keys: tuple[Key, ...]
     pin: Pin | None = None
     resources: Mapping[str, float] = field(default_factory=dict)
     is_propagating: bool = False
+    compression: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -326,7 +329,7 @@ class PlannedExpression:
         self.__dict__.update(state)
         self.view = EmptyView()
         if (scheduler := find_scheduler(self.scheduler_id)) is not None:
-            install_guard(scheduler)
+            install_guard(scheduler, self.request.compression)
             self.view = SchedulerView(scheduler)
 
     @functools.cached_property
@@ -362,8 +365,18 @@ def find_scheduler(scheduler_id: str) -> Any:
     return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
-def install_guard(scheduler: Any) -> None:
-    """Install the guard on a scheduler of this process. Idempotent."""
+def install_guard(scheduler: Any, compression: str | None = None) -> None:
+    """Install the guard on a scheduler of this process, and packing on its workers. Idempotent.
+
+    Parameters
+    ----------
+    scheduler
+        A running scheduler.
+    compression
+        Setting ``meshcompute.compression`` of the client that asks; None: it has none.
+    """
+    from meshcompute.schedulerpacking import apply_mode
     from meshcompute.scheduling import Guard
 
     Guard.install(scheduler)
+    apply_mode(scheduler, compression)

@@ -19,6 +19,8 @@ DEFAULTS: dict[str, Any] = {
     "propagate": False,
     # How long work that is pinned to a pool waits for the pool's first worker before it fails.
     "missing-pool-timeout": "30s",
+    # What workers do to values for other sites: auto, off, or the name of a codec (meshcompute.packing).
+    "compression": "auto",
 }
 
 

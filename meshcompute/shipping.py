@@ -44,8 +44,11 @@ SCHEDULER_MODULES = (
     "schedulerstate",
     "scheduling",
     "live",
+    "packing",
+    "packedtransfers",
     "planning",
     "shipping",
+    "schedulerpacking",
     "clients",
 )
 

@@ -263,8 +263,8 @@ class Traffic:
     def wire_bytes_between_pools(self) -> dict[tuple[str, str], int]:
         """Bytes by (source pool, destination pool) as Dask wrote them to its connections.
 
-        Compressed if Dask compresses. Known for what workers send each other and the client; for P2P, scatter and
-        data inside tasks Dask does not say it, and the payload stands here.
+        Packed where they cross between sites (setting ``meshcompute.compression``). Known for what workers send each
+        other and the client; for P2P, scatter and data inside tasks Dask does not say it, and the payload stands here.
         """
         return self._sum(2)
 

@@ -1,0 +1,115 @@
+"""Packing on a scheduler: the setting reaches all workers, and results on their way to a client are unpacked.
+
+Covers what is hooked into a scheduler. Does not cover the workers (:mod:`meshcompute.packedtransfers`) or the codec
+(:mod:`meshcompute.packing`).
+
+A result goes from a worker to the scheduler, which hands it on to the client as it came. So the scheduler asks for
+packed results, being at the client's side of the WAN, and unpacks them: a client needs nothing of ours, and no codec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from distributed.protocol.pickle import dumps
+from distributed.protocol.serialize import Serialized
+
+from meshcompute.packedtransfers import PLUGIN_NAME, PackingPlugin, announce, prepare_unpacking, withdraw
+from meshcompute.packing import OFF, WIRE_NAME, mode_of, unpack
+from meshcompute.settings import setting
+from meshcompute.shipping import by_value
+
+__all__ = ["CLIENT", "apply_mode"]
+
+logger = logging.getLogger(__name__)
+
+#: The scheduler's side of a link.
+CLIENT = "client"
+_STATE = "_meshcompute_packing"
+
+
+class _State:
+    """What is applied on one scheduler."""
+
+    def __init__(self) -> None:
+        self.wanted: str | None = None
+        self.present: str | None = None
+        self.lock = asyncio.Lock()
+        self.gather: Any = None
+
+
+def apply_mode(scheduler: Any, mode: str | None) -> None:
+    """Let all workers of a scheduler pack as a setting says, on its event loop, in the background. Idempotent.
+
+    Parameters
+    ----------
+    scheduler
+        A running scheduler.
+    mode
+        The setting of the client that asks. None: it has none, so that what was applied before stays; at first it is
+        the setting of the scheduler's own process.
+    """
+    state: _State | None = getattr(scheduler, _STATE, None)
+    if state is None:
+        state = _State()
+        setattr(scheduler, _STATE, state)
+    wanted = mode if mode is not None else state.wanted or mode_of(setting("compression"))
+    if wanted != state.wanted:
+        state.wanted = wanted
+        scheduler._ongoing_background_tasks.call_soon(_apply, scheduler, state)
+
+
+async def _apply(scheduler: Any, state: _State) -> None:
+    async with state.lock:
+        mode = state.wanted
+        if mode is None or mode == state.present:
+            return
+        try:
+            await scheduler.register_worker_plugin(
+                None, plugin=_by_value(PackingPlugin(mode)), name=PLUGIN_NAME, idempotent=False
+            )
+            if mode == OFF:
+                withdraw(scheduler)
+            else:
+                await _accept(scheduler, state)
+            state.present = mode
+        except Exception:
+            logger.exception("Values between sites are not packed: the workers could not be told. mode=%s", mode)
+
+
+def _by_value(plugin: PackingPlugin) -> bytes:
+    return bytes(dumps(by_value(plugin, modules=["meshcompute.packing"])))
+
+
+async def _accept(scheduler: Any, state: _State) -> None:
+    """Ask for packed results, where they can be unpacked."""
+    codecs = await asyncio.to_thread(prepare_unpacking)
+    if not codecs:
+        return
+    if state.gather is None:
+        state.gather = original = scheduler.handlers["gather"]
+
+        async def gather(keys: Any, serializers: Any = None) -> Any:
+            answer = await original(keys=keys, serializers=serializers)
+            packed = [value for value in answer.get("data", {}).values() if _is_packed(value)]
+            if packed:
+                await asyncio.to_thread(_unpack_all, packed)
+            return answer
+
+        scheduler.handlers["gather"] = gather
+    announce(scheduler, [CLIENT], codecs)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, Serialized) and WIRE_NAME in value.header.get("compression", ())
+
+
+def _unpack_all(values: list[Serialized]) -> None:
+    for value in values:
+        names = value.header["compression"]
+        value.frames = [
+            unpack(frame) if name == WIRE_NAME else frame for name, frame in zip(names, value.frames, strict=True)
+        ]
+        value.header["compression"] = tuple(None if name == WIRE_NAME else name for name in names)
