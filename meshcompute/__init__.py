@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "Crossing": "explaining",
+    "MeshCluster": "cluster",
     "Plan": "explaining",
     "errors": "",
     "explain": "explaining",

@@ -112,6 +112,19 @@ def demo(
     sys.exit(0 if is_right else 1)
 
 
+@mesh.command("sample-data")
+@click.option("--scale", type=float, default=0.125, show_default=True, help="As of the demo with --reference.")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def sample_data(*, scale: float, folder: Path) -> None:
+    """Write what the reference has at its two sites to FOLDER/ecmwf and FOLDER/eumetsat, with synthetic fields."""
+    from meshcompute.demo import SITES, Demo
+
+    try:
+        Demo(reference=True, scale=scale, say=click.echo).write_files({site: folder / site for site in SITES})
+    except (MeshError, OSError, ValueError) as exc:
+        raise click.ClickException(str(exc)) from exc
+
+
 mesh.add_command(lab)
 for command in clustercli.COMMANDS:
     mesh.add_command(command)
