@@ -99,8 +99,11 @@ def what_is_true(plan: MeshPlan, stage: Stage, statuses: Mapping[int, ClusterSta
         return "gateways made, public keys exchanged"
     if stage == "listen":
         return "every gateway knows the others"
-    n_links = sum(len(links_up(plan, site, status)[0]) for site, status in statuses.items()) // 2
-    return f"{n_links} links have shaken hands" if n_links else "the sites are ready"
+    sites = [member.site for member in plan.members if member.site in statuses]
+    n_links = sum(len(links_up(plan, site, statuses[site])[0]) for site in sites) // 2
+    if n_links == 0:
+        return "the sites are ready"
+    return "1 link has shaken hands" if n_links == 1 else f"{n_links} links have shaken hands"
 
 
 def why_not_over(plan: MeshPlan, site: int, stage: Stage, status: ClusterStatus) -> str:

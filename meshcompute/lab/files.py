@@ -297,7 +297,7 @@ def desired_services(lab: Lab, host: Host, units: Mapping[str, str]) -> tuple[Pl
         scripts["engine"] = f"{_SHARES}\n{engine} --cgroup-parent={lab.cgroup}/{host.name}"
     if lab.daemon and not host.has_systemd:
         folders = "mkdir -p /run/meshcompute /var/lib/meshcompute"
-        scripts["site"] = f"{folders}\nexec meshcompute-site serve --config {SITE_FILE} \"$@\""
+        scripts["site"] = f'{folders}\nexec meshcompute-site serve --config {SITE_FILE} "$@"'
         files.append(PlacedFile(path=SITE_FILE, text=render_site(lab, host)))
     files += [
         PlacedFile(path=f"/etc/lab/{name}", text=f"{head}exec >>{LOG_FOLDER}/{name}.log 2>&1\n{script}\n")
@@ -321,7 +321,7 @@ def render_site(lab: Lab, host: Host) -> str:
         f'pool = "{host.name}"\n'
         f'role = "{"site" if host.is_site else "scheduler"}"\n'
         f'runtime = "{"docker" if lab.engine else "process"}"\n'
-        f'network = "wireguard"\n\n[access]\nusers = [{users}, "root"]\n'
+        f'network = "{"wireguard" if lab.engine else "loopback"}"\n\n[access]\nusers = [{users}, "root"]\n'
         f'operators_group = "{OPERATORS_GROUP}"\n'
         f"\n[workers]\ndata_folders = [{folders}]\n"
         f"\n[network_options]\nendpoints = [{endpoints}]\n"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import socket
 import struct
+import tomllib
 from itertools import count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from controlplane.config import parse_config
+from meshcompute.lab.files import render_site
 from meshcompute.lab.nat import Nat
 from meshcompute.lab.packets import ICMP, TCP, UDP, addresses_of, ports_of, rewrite_source, rewrite_target, unreachable
 from meshcompute.lab.shaping import Direction, Shape
@@ -191,3 +194,11 @@ def test_the_router_s_answer_for_an_unknown_target_quotes_the_packet() -> None:
 def test_a_lab_survives_its_way_to_another_process() -> None:
     lab = Lab(name="x", accounts=(Account(name="mesh", uid=2000, gid=2000),), delay_seconds=0.01, shared="/a b")
     assert Lab.from_json(lab.to_json()) == lab
+
+
+@pytest.mark.parametrize("engine", [True, False])
+def test_every_host_s_site_file_is_one_that_a_daemon_accepts(engine: bool) -> None:
+    lab = Lab(name="any", accounts=(Account(name="mesh", uid=2000, gid=2000),), engine=engine)
+    for host in lab.hosts:
+        config = parse_config(tomllib.loads(render_site(lab, host)))
+        assert (config.pool, config.runtime) == (host.name, "docker" if engine else "process")

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from meshplans import KEYS, SCHEDULER, plan_of, shaken, status_of
 
 from meshcompute.meshplan import (
     STAGES,
-    Member,
-    MeshPlan,
     MeshPlanError,
     check_members,
+    check_wishes,
     endpoint_of,
     is_stage_over,
     learn,
@@ -22,67 +22,7 @@ from meshcompute.meshplan import (
     spec_of,
     why_failed,
 )
-from meshcompute.protocol import (
-    ClusterStatus,
-    Condition,
-    PeerStatus,
-    SchedulerRequest,
-    SchedulerStatus,
-    WorkerRequest,
-)
-
-KEYS = [letter * 42 + "A=" for letter in "ABCDEFGH"]
-SCHEDULER = "tcp://[fda5:c0ff:eeee::1]:8786"
-
-
-def plan_of(*reachable, network="wireguard"):
-    """A cluster of the client's host and sites, each of which can be reached or not."""
-    members = tuple(
-        Member(
-            site=number,
-            address=f"mesh@10.8.0.{number}",
-            pool=f"pool{number}",
-            network=network,
-            hosts=(f"192.0.2.{number}",) if can else (),
-            public_key=None if network == "loopback" else KEYS[number],
-            port=51820 + number,
-        )
-        for number, can in enumerate(reachable)
-    )
-    return MeshPlan(
-        cluster_id="0" * 32,
-        name="test",
-        prefix="fda5:c0ff:eeee::/48",
-        members=members,
-        scheduler=SchedulerRequest(),
-        workers={number: WorkerRequest() for number in range(1, len(reachable))},
-    )
-
-
-def status_of(site, **values):
-    defaults = {
-        "cluster_id": "0" * 32,
-        "name": "test",
-        "owner": "mesh",
-        "epoch": 1,
-        "phase": "ready",
-        "lease_remaining_seconds": 120,
-        "public_key": KEYS[site],
-        "endpoint_port": 51820 + site,
-        "address": None,
-        "peers": (),
-        "workers": (),
-        "scheduler": None,
-        "conditions": (),
-    }
-    return ClusterStatus.model_validate({**defaults, **values})
-
-
-def shaken(**ages):
-    return tuple(
-        PeerStatus(site=int(name[1:]), latest_handshake_age_seconds=age, received_nbytes=0, sent_nbytes=0)
-        for name, age in ages.items()
-    )
+from meshcompute.protocol import Condition, SchedulerStatus
 
 
 @pytest.mark.parametrize("text", ["fda5:c0ff:eeee", "fda5:c0ff:eeee::", "fda5:c0ff:eeee::/48", " fda5:c0ff:eeee\n"])
@@ -153,6 +93,33 @@ def test_a_site_that_is_named_twice_and_networks_that_differ_are_refused():
     mixed = replace(plan, members=(*plan.members[:2], replace(plan.members[2], network="loopback")))
     with pytest.raises(MeshPlanError, match=r"networks differ .*mesh@10\.8\.0\.2 \(pool2\): loopback"):
         check_members(mixed)
+
+
+def test_sites_with_the_same_pool_are_refused_and_the_clients_host_may_be_called_like_one():
+    plan = plan_of(True, True, True)
+    same = replace(plan, members=(*plan.members[:2], replace(plan.members[2], pool="pool1")))
+    with pytest.raises(MeshPlanError, match=r"mesh@10\.8\.0\.1 and mesh@10\.8\.0\.2 have the same pool 'pool1'"):
+        check_members(same)
+    like_the_client = replace(plan.members[1], pool="pool0")
+    check_members(replace(plan, members=(plan.members[0], like_the_client, plan.members[2])))
+    itself = replace(like_the_client, hosts=plan.members[0].hosts)
+    with pytest.raises(MeshPlanError, match="have the same pool 'pool0'"):
+        check_members(replace(plan, members=(plan.members[0], itself, plan.members[2])))
+
+
+@pytest.mark.parametrize(
+    ("wish", "sentence"),
+    [
+        ({"name": "a b"}, "name cannot be 'a b': it should match pattern .*; ask for something else"),
+        ({"lease_seconds": 4000.0}, r"lease_seconds cannot be 4000\.0: it should be less than or equal to 3600"),
+        ({"mtu": 576}, "mtu cannot be 576: it should be greater than or equal to 1280"),
+    ],
+)
+def test_what_no_site_could_do_is_told_in_one_sentence_before_any_is_asked(wish, sentence):
+    plan = plan_of(True)
+    check_wishes(plan)
+    with pytest.raises(MeshPlanError, match=f"^{sentence}.*$"):
+        check_wishes(replace(plan, **wish))
 
 
 def test_nobody_calls_before_everybody_listens_and_workers_come_last():
