@@ -232,9 +232,9 @@ def _keep(options: dict[str, Any], command: Sequence[str]) -> int:
     ) as cluster:
         if command:
             return _run(command, cluster.scheduler_address, lambda: cluster.status == Status.running)
-        if not options["keeper"]:
-            _say("Ctrl-C takes it down")
         try:
+            if not options["keeper"]:
+                _say("Ctrl-C takes it down")
             while cluster.status == Status.running:
                 time.sleep(LOOK_SECONDS)
         except Terminated:
