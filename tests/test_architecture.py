@@ -20,6 +20,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if not path.stem.sta
 # The names that users import. They change with a line in CHANGELOG.md, and not by accident.
 PUBLIC = [
     "Crossing",
+    "MeshCluster",
     "Plan",
     "errors",
     "explain",
@@ -50,6 +51,9 @@ TRAVELLING = [
     "taskgraph",
     "scheduling",
     "schedulerstate",
+    "packing",
+    "packedtransfers",
+    "schedulerpacking",
     "planning",
 ]
 WHAT_DASK_BRINGS = ["cloudpickle", "dask", "distributed", "tlz", "toolz", "tornado"]
@@ -80,6 +84,12 @@ def test_the_public_names_are_these():
 @pytest.mark.parametrize("name", PUBLIC)
 def test_every_public_name_exists_and_says_what_it_is(name):
     assert getattr(meshcompute, name).__doc__
+
+
+def test_a_daemon_with_processes_on_the_loopback_address_needs_no_package_of_the_extra_site():
+    parts = ["daemon", "workers.process", "network.loopback"]
+    statement = "\n".join(f"import controlplane.{part}" for part in parts)
+    assert not modules_loaded_by(statement) & {"docker", "pyroute2"}
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
