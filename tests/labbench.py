@@ -32,8 +32,11 @@ SITES = ("mesh@10.8.0.4", "mesh@10.8.0.2")
 READY_SECONDS = 90.0
 GONE_SECONDS = 30.0
 # A folder is there as soon as somebody has written below it. The engine is asked itself; the daemon makes its folders when it needs them first, and remembers for a time which
-# clusters have ended, so that a late request does not bring them back.
-EXPECTED_FILES = re.compile("/tmp$|/run/(docker|containerd)|/var/lib/meshcompute/([a-z]+$|tombstones/)|/var/log/lab/")
+# clusters have ended, so that a late request does not bring them back. /tmp itself is the machine's, until it is used.
+EXPECTED_FILES = re.compile(
+    "/tmp$|/run/(docker|containerd|systemd)|/var/lib/meshcompute/([a-z]+$|tombstones/)|/var/log/lab/"
+    "|(/var)?/tmp/systemd-private-"
+)
 
 
 class Boot:
