@@ -31,8 +31,9 @@ HOSTS = ("client", "ecmwf", "eumetsat")
 SITES = ("mesh@10.8.0.4", "mesh@10.8.0.2")
 READY_SECONDS = 90.0
 GONE_SECONDS = 30.0
-# A folder is there as soon as somebody has written below it. The engine is asked itself; the daemon makes its folders when it needs them first, and remembers for a time which
-# clusters have ended, so that a late request does not bring them back. /tmp itself is the machine's, until it is used.
+# A folder is there as soon as somebody has written below it. The engine is asked itself; systemd has files for each run
+# of a service; the daemon makes its folders when it needs them first, and remembers for a time which clusters have
+# ended, so that a late request does not bring them back.
 EXPECTED_FILES = re.compile(
     "/tmp$|/run/(docker|containerd|systemd)|/var/lib/meshcompute/([a-z]+$|tombstones/)|/var/log/lab/"
     "|(/var)?/tmp/systemd-private-"
