@@ -108,7 +108,7 @@ check_host() {
             missing+=(wireguard-go)
         has dockerd || [ -S /var/run/docker.sock ] || missing+=(docker.io)
     fi
-    [ "$role" = scheduler ] || has sshd || missing+=(openssh-server)
+    [ "$role" = scheduler ] || grep -qs '^ *role *= *"scheduler"' "$config" || has sshd || missing+=(openssh-server)
     [ ${#missing[@]} = 0 ] ||
         die "this host lacks ${missing[*]}. Nothing was changed. Install them (apt-get install ${missing[*]}), then run this again"
 }
