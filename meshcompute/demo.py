@@ -44,7 +44,8 @@ __all__ = ["SITES", "Demo"]
 
 SITES = ("ecmwf", "eumetsat")  # the reference's two sites
 PROGRESS_TOPIC = "meshcompute-demo"
-LEASE_SECONDS = 30.0  # of the sites on this machine: how long their workers can outlive this process and the daemons
+START_TIMEOUT_SECONDS = 300.0  # a laptop may be busy
+LEASE_SECONDS = 60.0  # of the sites on this machine: how long their workers can outlive this process and the daemons
 
 
 class Demo:
@@ -161,6 +162,7 @@ class Demo:
                     local.addresses,
                     scheduler=local.scheduler,
                     lease_seconds=LEASE_SECONDS,
+                    start_timeout_seconds=START_TIMEOUT_SECONDS,
                     propagate=False,  # this is what is shown
                     progress=lambda line: self.say(f"  {line.replace(f'local:{local.root}/', '')}"),
                 ) as cluster,
