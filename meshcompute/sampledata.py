@@ -82,8 +82,10 @@ def reference_shape(scale: float) -> tuple[int, int, int, int]:
     return realization, height, max(2, round(latitude * scale)), max(2, round(longitude * scale))
 
 
-def write_predictions(path: str, scale: float, report: Callable[[int, int], Any] | None = None) -> int:
-    """Write an ensemble of pressure fields like the reference's predictions: one contiguous variable of float32.
+def write_predictions(
+    path: str, scale: float, report: Callable[[int, int], Any] | None = None, *, is_compressed: bool = False
+) -> int:
+    """Write an ensemble of pressure fields like the reference's predictions: one variable of float32.
 
     Parameters
     ----------
@@ -93,6 +95,8 @@ def write_predictions(path: str, scale: float, report: Callable[[int, int], Any]
         See :func:`reference_shape`.
     report
         Called with (levels written, levels in all) after each realization.
+    is_compressed
+        Whether it lies in compressed chunks, as in many archives, and not contiguous, as the reference's.
 
     Returns
     -------
@@ -112,7 +116,7 @@ def write_predictions(path: str, scale: float, report: Callable[[int, int], Any]
     heights = np.round(np.geomspace(5, 6000, n_height)).astype("f4")
     members = np.array([0, *range(36 - n_realization, 35)][:n_realization], "i4")
     sizes = {"realization": n_realization, "height": n_height, "latitude": n_latitude, "longitude": n_longitude}
-    with _create(path, sizes) as file:
+    with _create(path, sizes, is_compressed=is_compressed) as file:
         file.createVariable("realization", "i4", ("realization",))[:] = members
         height = file.createVariable("height", "f4", ("height",))
         height[:] = heights
@@ -153,7 +157,7 @@ def write_observations(path: str, scale: float) -> int:
     return os.path.getsize(path)  # noqa: PTH202 - as above
 
 
-def _create(path: str, sizes: dict[str, int]) -> Any:
+def _create(path: str, sizes: dict[str, int], *, is_compressed: bool = False) -> Any:
     """Create a file with what both kinds share, its variables in the reference's order: the pressure first."""
     import netCDF4
     import numpy as np
@@ -170,7 +174,11 @@ def _create(path: str, sizes: dict[str, int]) -> Any:
     for name, size in {**sizes, "bnds": 2}.items():
         file.createDimension(name, size)
     # Contiguous is how the reference's file lies on the disk; without a fill value nothing is written twice.
-    pressure = file.createVariable("air_pressure", "f4", tuple(sizes), contiguous=True, fill_value=False)
+    layout: dict[str, Any] = {"contiguous": True}
+    if is_compressed:  # a level in 5 x 8 parts: those of the reference's chunks (192 x 160 at its own scale)
+        parts = (1, 1, -(-sizes["latitude"] // 5), -(-sizes["longitude"] // 8))
+        layout = {"compression": "zlib", "complevel": 4, "shuffle": True, "chunksizes": parts}
+    pressure = file.createVariable("air_pressure", "f4", tuple(sizes), fill_value=False, **layout)
     pressure.setncatts({"units": "Pa", "standard_name": "air_pressure", "grid_mapping": "latitude_longitude"})
     mapping = file.createVariable("latitude_longitude", "i4", ())
     mapping[...] = -2147483647  # as in the reference's file: only the attributes of such a variable count

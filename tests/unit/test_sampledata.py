@@ -102,3 +102,12 @@ def test_without_the_package_of_the_scenarios_the_error_says_what_to_install(mon
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(MissingDependencyError, match="pip install iris-sample-data"):
         sampledata.scenario_file("A1B")
+
+
+def test_compressed_predictions_are_the_same_fields_in_chunks(tmp_path, predictions):
+    path = tmp_path / "packed.nc"
+    sampledata.write_predictions(str(path), SCALE, is_compressed=True)
+    with xr.open_dataset(path) as dataset:
+        assert dataset.air_pressure.encoding["zlib"]
+        assert dataset.air_pressure.encoding["chunksizes"] == (1, 1, 10, 8)
+        xr.testing.assert_identical(dataset.air_pressure, predictions.air_pressure)
