@@ -16,10 +16,11 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.images import IMAGE, open_image_store
 from meshcompute.lab.running import RunningLab
 from meshcompute.lab.starting import find_accounts, find_readable, start_lab
@@ -256,7 +257,8 @@ def open_lab_bench(**options: Any) -> Iterator[LabBench]:
         running = RunningLab(lab.name)
 
         def stop() -> None:
-            running.stop()
+            with suppress(LabStateError):  # the test may have ended it
+                running.stop()
             guardian.wait(GONE_SECONDS)
 
         stack.callback(stop)

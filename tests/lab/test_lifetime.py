@@ -15,10 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from labbench import SITES, open_lab_bench
 
 from meshcompute.lab.errors import LabMissingError, LabStartError, LabStateError
 from meshcompute.lab.forwarding import listen, render_forwarder
-from meshcompute.lab.running import RunningLab
+from meshcompute.lab.running import CGROUPS, RunningLab
 from meshcompute.lab.starting import check_machine, find_accounts, start_lab
 from meshcompute.lab.topology import Lab
 
@@ -96,6 +97,16 @@ def test_kill_9_with_engines_and_containers_leaves_nothing(
     assert lab.run("ecmwf", "docker", "ps", "--quiet").stdout
     assert [path for path in Path("/sys/fs/cgroup").glob(f"**/meshcompute-lab/{lab.name}/ecmwf/*") if path.is_dir()]
     os.kill(lab.status().supervisor_pid, signal.SIGKILL)
+
+
+def test_kill_9_with_a_running_cluster_leaves_nothing(can_have_mesh: None, expect_nothing_left: Note) -> None:
+    with open_lab_bench() as bench:
+        expect_nothing_left(bench.lab)
+        boot = bench.start_boot(*SITES, "--processes", "1")
+        boot.wait_for(" ready: ")
+        assert len([*CGROUPS.glob(f"**/meshcompute-lab/{bench.lab.name}/*/*/")]) >= 3  # a container on every host
+        os.kill(bench.lab.status().supervisor_pid, signal.SIGKILL)
+        boot.wait()
 
 
 def test_run_passes_the_exit_code_and_output_on_and_leaves_nothing(
