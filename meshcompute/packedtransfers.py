@@ -30,6 +30,7 @@ from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.metrics import context_meter
 from distributed.protocol import compression  # the module: its registry, pickled by value, would be a copy
 from distributed.protocol.serialize import Serialized, serialize_and_split
+from tornado.ioloop import IOLoop
 
 from meshcompute.packing import (
     AUTO,
@@ -54,6 +55,7 @@ PLUGIN_NAME = "meshcompute-packing"
 #: What we add to Dask's handshake.
 ANNOUNCED = "meshcompute"
 POOL_PREFIX = "pool-"
+_SAID = "_meshcompute_said"
 _MIN_RTT_OFFSET = 148  # tcpi_min_rtt of struct tcp_info, microseconds (linux/tcp.h, since 4.6)
 
 
@@ -96,18 +98,37 @@ def announce(server: Any, pools: list[str], codecs: tuple[str, ...]) -> None:
     codecs
         What it has.
     """
-    overrides = server.rpc.connection_args.get("handshake_overrides") or {}
-    said = {"pools": pools, "codecs": list(codecs)}
-    server.rpc.connection_args["handshake_overrides"] = {**overrides, ANNOUNCED: said}
-    server.rpc.collect()  # idle connections said nothing: the next ones do
+    _say(server.rpc, {"pools": pools, "codecs": list(codecs)})
 
 
 def withdraw(server: Any) -> None:
     """Undo :func:`announce`."""
-    overrides = dict(server.rpc.connection_args.get("handshake_overrides") or {})
-    if overrides.pop(ANNOUNCED, None) is not None:
-        server.rpc.connection_args["handshake_overrides"] = overrides
-        server.rpc.collect()
+    _say(server.rpc, None)
+
+
+def _say(pool: Any, said: dict[str, Any] | None) -> None:
+    overrides = {k: v for k, v in (pool.connection_args.get("handshake_overrides") or {}).items() if k != ANNOUNCED}
+    if said is not None:
+        overrides[ANNOUNCED] = said
+    pool.connection_args["handshake_overrides"] = overrides
+    if not hasattr(pool, _SAID):
+        _renew_when_idle(pool, pool.reuse)
+    setattr(pool, _SAID, said)
+    pool.collect()  # idle connections have said something else: the next ones do not
+
+
+def _renew_when_idle(pool: Any, original: Callable[[str, Any], None]) -> None:
+    """Let a pool of connections close one that is handed back, if it has said what is no longer so."""
+
+    def reuse(address: str, comm: Any) -> None:
+        original(address, comm)
+        idle = pool.available[address]
+        if comm in idle and comm.local_info.get(ANNOUNCED) != getattr(pool, _SAID):
+            idle.discard(comm)
+            IOLoop.current().add_callback(comm.close)  # as ConnectionPool.collect does: what is written still goes out
+            pool.semaphore.release()
+
+    pool.reuse = reuse
 
 
 def link_to(own_pools: set[str], handshake: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:

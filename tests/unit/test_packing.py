@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from distributed.core import ConnectionPool, Server
 from distributed.protocol import dumps, loads
 from distributed.protocol.serialize import Serialize, Serialized, serialize_and_split
 
 from meshcompute import packing
-from meshcompute.packedtransfers import link_to, pack_frames, prepare_unpacking
+from meshcompute.packedtransfers import announce, link_to, pack_frames, prepare_unpacking, withdraw
 from meshcompute.packing import AUTO, MIN_NBYTES, OFF, WIRE_NAME, Links, Trial, choose, mode_of
 from meshcompute.schedulerpacking import _is_packed, _unpack_all
 
@@ -117,6 +120,33 @@ def test_a_link_is_what_lies_between_different_pools() -> None:
 )
 def test_where_nobody_knows_the_place_or_a_codec_there_is_no_link(own: set[str], handshake: dict[str, Any]) -> None:
     assert link_to(own, handshake) is None
+
+
+def test_connections_that_were_busy_as_something_was_announced_are_not_used_again() -> None:
+    async def check() -> None:
+        async with Server({"echo": lambda x: x}) as server, ConnectionPool() as pool:
+            await server.listen("tcp://127.0.0.1:0")
+            worker = SimpleNamespace(rpc=pool)
+            idle, busy = await pool.connect(server.address), await pool.connect(server.address)
+            pool.reuse(server.address, idle)
+            announce(worker, ["a"], ("zstd",))
+            assert pool.open == 1
+            pool.reuse(server.address, busy)
+            assert pool.open == 0
+            comm = await pool.connect(server.address)
+            assert comm.local_info["meshcompute"] == {"pools": ["a"], "codecs": ["zstd"]}
+            pool.reuse(server.address, comm)
+            assert await pool.connect(server.address) is comm
+            withdraw(worker)
+            pool.reuse(server.address, comm)
+            assert pool.open == 0
+            assert await pool(server.address).echo(x=1) == 1
+            assert pool.open == 1
+            (comm,) = pool.available[server.address]
+            assert "meshcompute" not in comm.local_info
+            pool._validate()
+
+    asyncio.run(check())
 
 
 # ---------------------------------------------------------------------- the codec
