@@ -1,9 +1,9 @@
 """The embedded mesh: a scheduler and the workers of several sites as processes of this machine.
 
 Covers starting and ending them, what each site can see, their logs, and that nothing outlives this process. Does not
-cover networks: everything listens on the loopback address only. No root is needed. Nor does it cover daemons and leases,
-which :mod:`meshcompute.localsites` has: this is for tests and for trying pools out, with stock schedulers and workers of
-any environment, which may be killed.
+cover networks: everything listens on the loopback address only, and no root is needed. Nor does it cover daemons and
+leases, which :mod:`meshcompute.localsites` has: this is for tests and for trying pools out, with stock schedulers and
+workers of any environment, which may be killed.
 
 ::
 
