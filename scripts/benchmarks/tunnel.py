@@ -180,7 +180,7 @@ def mover(lab: RunningLab, address: str, chunk_nbytes: int) -> Iterator[subproce
             process.stdin.close()
 
 
-def move(process: subprocess.Popen[str], n_chunks: int) -> float:
+def move(process: subprocess.Popen[str], n_chunks: int, chunk_nbytes: int) -> float:
     """Let Dask move chunks; bytes per second."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -191,7 +191,10 @@ def move(process: subprocess.Popen[str], n_chunks: int) -> float:
         raise RuntimeError("The client has ended; what it wrote stands above")
     transfers = json.loads(line)
     seconds = max(stop for _, stop, _ in transfers) - min(start for start, _, _ in transfers)
-    return float(sum(nbytes for _, _, nbytes in transfers) / seconds)
+    moved = sum(nbytes for _, _, nbytes in transfers)
+    if not 1 <= moved / (n_chunks * chunk_nbytes) < 1.01:  # Dask counts some bytes about each chunk
+        raise RuntimeError(f"{n_chunks} chunks were to be moved, and the worker's log has {moved} bytes")
+    return float(moved / seconds)
 
 
 def compare(
@@ -200,7 +203,7 @@ def compare(
     """Measure alternating pairs."""
     chunk = options.chunk * 2**20
     expected = iperf(source, target, 2)
-    move(process, CHUNKS_MIN)  # now both are warm
+    move(process, CHUNKS_MIN, chunk)  # now both are warm
     pairs = []
     for i in range(options.pairs):
         pair = {}
@@ -208,7 +211,7 @@ def compare(
             if way == "iperf3":
                 pair[way] = expected = iperf(source, target, options.seconds)
             else:
-                pair[way] = move(process, max(CHUNKS_MIN, math.ceil(expected * options.seconds / chunk)))
+                pair[way] = move(process, max(CHUNKS_MIN, math.ceil(expected * options.seconds / chunk)), chunk)
         pairs.append(pair)
         say(
             f"  pair {i + 1} of {options.pairs}: " + ", ".join(f"{w} {r * 8 / 1e6:.1f} Mbit/s" for w, r in pair.items())
