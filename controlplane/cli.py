@@ -170,6 +170,15 @@ def end(*, socket: str, cluster: str) -> None:
     click.echo("it is ended; what is left of it is being removed")
 
 
+@site.command()
+@_socket
+def metrics(*, socket: str) -> None:
+    """Print numbers for monitoring, as Prometheus reads them."""
+    from controlplane import talk
+
+    click.echo(_asked(lambda: talk.metrics(socket)), nl=False)
+
+
 def _asked(question: Callable[[], T]) -> T:
     """Answer a question to the daemon, or end with what it said."""
     from controlplane.talk import NoAnswerError, RefusedError

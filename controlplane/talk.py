@@ -1,4 +1,4 @@
-"""Talk to the daemon from its own host: ``meshcompute-site ping``, ``connect``, ``list`` and ``end``.
+"""Talk to the daemon from its own host: ``meshcompute-site ping``, ``connect``, ``list`` and so on.
 
 Covers single questions over the socket, and passing bytes between a socket and this process's standard input and
 output: what a client runs through SSH to find out why it cannot reach a site, and where sshd forbids forwarding. Loads
@@ -19,7 +19,17 @@ from typing import Any
 
 from controlplane.errors import SiteError
 
-__all__ = ["NoAnswerError", "Pong", "RefusedError", "UnixConnection", "end", "list_clusters", "ping", "splice"]
+__all__ = [
+    "NoAnswerError",
+    "Pong",
+    "RefusedError",
+    "UnixConnection",
+    "end",
+    "list_clusters",
+    "metrics",
+    "ping",
+    "splice",
+]
 
 TIMEOUT_SECONDS = 5.0
 MAX_ANSWER_NBYTES = 1 << 26
@@ -164,14 +174,42 @@ def end(path: str, cluster_id: str) -> None:
         _ask(path, "DELETE", f"/v1/clusters/{found[0]['cluster_id']}?epoch={found[0]['epoch']}")
 
 
+def metrics(path: str) -> str:
+    """Ask for the numbers for monitoring, as Prometheus reads them.
+
+    Parameters
+    ----------
+    path
+        The daemon's socket.
+
+    Returns
+    -------
+    str
+        The text.
+
+    Raises
+    ------
+    NoAnswerError
+        With the reason why there is no answer.
+    RefusedError
+        The daemon does not say.
+    """
+    with _answers_expected(path):
+        return _fetch(path, "GET", "/v1/metrics").decode()
+
+
 def _ask(path: str, method: str, url: str) -> Any:
+    return json.loads(_fetch(path, method, url))
+
+
+def _fetch(path: str, method: str, url: str) -> bytes:
     connection = UnixConnection(path)
     try:
         connection.request(method, url)
         response = connection.getresponse()
-        content = json.loads(response.read(MAX_ANSWER_NBYTES))
+        content = response.read(MAX_ANSWER_NBYTES)
         if response.status >= FIRST_ERROR:
-            raise RefusedError(str(content["error"]["message"]))
+            raise RefusedError(str(json.loads(content)["error"]["message"]))
         return content
     finally:
         connection.close()
