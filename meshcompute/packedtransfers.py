@@ -38,13 +38,12 @@ from meshcompute.packing import (
     MIN_SAVED,
     OFF,
     WIRE_NAME,
+    Chooser,
     Links,
     Trial,
-    choose,
     codecs_here,
     is_worth_a_sample,
     pack,
-    try_codecs,
     unpack,
 )
 
@@ -250,22 +249,20 @@ class Packer:
             Speed of the link in bytes per second.
         """
         usable = [name for name in self.codecs if name in codecs and self.mode in (AUTO, name)]
-        large = {
-            key: value
-            for key, value in msg.get("data", {}).items()
-            if self._is_worth_a_sample(self.worker.state.tasks[key].nbytes or 0, rate)
-        }
-        if not large or not usable:
+        sizes = {key: self.worker.state.tasks[key].nbytes or 0 for key in msg.get("data", ())}
+        large = {key: value for key, value in msg.get("data", {}).items() if sizes[key] >= MIN_NBYTES}
+        if not usable or not is_worth_a_sample(sum(sizes[key] for key in large), rate):
             return msg
         context = {"sender": comm.local_info, "recipient": comm.remote_info, **comm.handshake_options}
 
         def pack_all() -> tuple[dict[Any, Any], float]:
             seconds = 0.0
             values = {}
+            chooser = Chooser(usable, rate)
             for key, value in large.items():
                 header, frames = serialize_and_split(value, serializers, on_error, context, comm.max_shard_size)
                 began = perf_counter()
-                values[key] = Serialized(*pack_frames(header, frames, usable, rate, context.get("compression")))
+                values[key] = Serialized(*pack_frames(header, frames, chooser, context.get("compression")))
                 seconds += perf_counter() - began
             return values, seconds
 
@@ -283,12 +280,9 @@ class Packer:
         context_meter.digest_metric("compress", seconds, "seconds")
         return {**msg, "data": {**msg["data"], **values}}
 
-    def _is_worth_a_sample(self, nbytes: int, rate: float) -> bool:
-        return nbytes >= MIN_NBYTES if rate == 0 else is_worth_a_sample(nbytes, rate)
-
 
 def pack_frames(
-    header: dict[str, Any], frames: list[Any], codecs: list[str], rate: float, stock: str | None
+    header: dict[str, Any], frames: list[Any], chooser: Chooser, stock: str | None
 ) -> tuple[dict[str, Any], list[Any]]:
     """Pack those frames of a serialised value for which it pays.
 
@@ -296,10 +290,8 @@ def pack_frames(
     ----------
     header, frames
         The value, as ``serialize_and_split`` makes it.
-    codecs
-        What both sides have.
-    rate
-        Speed of the link in bytes per second.
+    chooser
+        Of the message.
     stock
         Dask's own compression of this connection, for the other frames.
 
@@ -313,10 +305,9 @@ def pack_frames(
     for i, frame in enumerate(frames):
         if names[i] is not None:
             continue
-        nbytes = memoryview(frame).nbytes
-        how = choose(try_codecs(frame, codecs), rate) if nbytes >= MIN_NBYTES else None
+        how = chooser.choose(frame)
         packed = pack(frame, how) if how is not None else None
-        if packed is not None and len(packed) <= (1 - MIN_SAVED) * nbytes:
+        if packed is not None and len(packed) <= (1 - MIN_SAVED) * memoryview(frame).nbytes:
             names[i], frames[i] = WIRE_NAME, packed
         else:
             names[i], frames[i] = compression.maybe_compress(frame, compression=stock)
@@ -349,7 +340,11 @@ class PackingPlugin(WorkerPlugin):
             self._opening = asyncio.get_running_loop().create_task(self._open(worker))
 
     async def _open(self, worker: Any) -> None:
-        codecs = await asyncio.to_thread(prepare_unpacking)
+        try:
+            codecs = await asyncio.to_thread(prepare_unpacking)
+        except Exception as exc:
+            logging.getLogger("meshcompute.packing").warning("No codec here. worker=%s error=%r", worker.address, exc)
+            codecs = ()
         if not codecs:
             return  # nothing is announced, so that nobody packs for this worker either
         packer = Packer(worker, self.mode, codecs)

@@ -41,6 +41,7 @@ __all__ = [
     "MODES",
     "OFF",
     "WIRE_NAME",
+    "Chooser",
     "Links",
     "Trial",
     "choose",
@@ -62,6 +63,7 @@ MODES = (AUTO, OFF, *CODECS)
 WIRE_NAME = "meshcompute-blosc"
 MIN_NBYTES = 32 * 1024  # two round trips of a fresh TCP connection: packing cannot save one of them
 MIN_SAVED = 0.1  # of the bytes, and of the time: less is within the error of a sample
+_OWN_TRIAL_NBYTES = 1024 * 1024  # below, a trial costs as much as packing
 _LEVEL = 1  # higher ones halve the speed for a few percent
 _SHUFFLES = (1, 2)  # by bytes, by bits
 _SAMPLES, _SAMPLE_NBYTES = 4, 16 * 1024
@@ -170,16 +172,16 @@ class Links:
 
 
 def is_worth_a_sample(nbytes: int, bytes_per_second: float) -> bool:
-    """Tell whether a value takes so long to send that a trial can pay.
+    """Tell whether values take so long to send that a trial can pay.
 
     Parameters
     ----------
     nbytes
-        Size of the value.
+        Size of all values of a message.
     bytes_per_second
         Speed of the link.
     """
-    return nbytes >= MIN_NBYTES and nbytes / bytes_per_second >= _WORTH_A_SAMPLE_SECONDS
+    return nbytes >= MIN_NBYTES and nbytes >= bytes_per_second * _WORTH_A_SAMPLE_SECONDS
 
 
 def choose(trials: Iterable[Trial], bytes_per_second: float) -> Trial | None:
@@ -264,10 +266,42 @@ def try_codecs(frame: Any, codecs: Sequence[str]) -> list[Trial]:
 
 
 def _itemsizes(frame: Any) -> tuple[int, ...]:
-    itemsize = memoryview(frame).itemsize
-    if itemsize > 1:
-        return (min(itemsize, 8),)
-    return (1, 8) if len(frame) % 8 == 0 else (1,)  # tables hand out bytes that are columns of numbers
+    view = memoryview(frame)
+    if view.itemsize > 1:
+        return (min(view.itemsize, 8),)
+    return (1, 8) if view.nbytes % 8 == 0 else (1,)  # tables hand out bytes that are columns of numbers
+
+
+class Chooser:
+    """Choose for the frames of one message; small frames are done as the last one like them.
+
+    Parameters
+    ----------
+    codecs
+        What both sides have.
+    bytes_per_second
+        Speed of the link; 0 for "as small as possible".
+    """
+
+    def __init__(self, codecs: Sequence[str], bytes_per_second: float) -> None:
+        self._codecs = codecs
+        self._bytes_per_second = bytes_per_second
+        self._last: dict[int, Trial | None] = {}
+
+    def choose(self, frame: Any) -> Trial | None:
+        """Choose for a frame; None is plain.
+
+        Parameters
+        ----------
+        frame
+            What Dask made of a value.
+        """
+        view = memoryview(frame)
+        if view.nbytes < MIN_NBYTES:
+            return None
+        if view.nbytes >= _OWN_TRIAL_NBYTES or view.itemsize not in self._last:
+            self._last[view.itemsize] = choose(try_codecs(frame, self._codecs), self._bytes_per_second)
+        return self._last[view.itemsize]
 
 
 def pack(frame: Any, how: Trial) -> bytes:

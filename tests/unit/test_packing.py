@@ -18,7 +18,7 @@ from distributed.protocol.serialize import Serialize, Serialized, serialize_and_
 
 from meshcompute import packing
 from meshcompute.packedtransfers import announce, link_to, pack_frames, prepare_unpacking, withdraw
-from meshcompute.packing import AUTO, MIN_NBYTES, OFF, WIRE_NAME, Links, Trial, choose, mode_of
+from meshcompute.packing import AUTO, MIN_NBYTES, OFF, WIRE_NAME, Chooser, Links, Trial, choose, mode_of
 from meshcompute.schedulerpacking import _is_packed, _unpack_all
 
 MB = 1e6
@@ -156,7 +156,7 @@ def crossed(value: Any, codecs: tuple[str, ...] = ("zstd",), rate: float = 0.0, 
     """What comes out at the other end, and the names of the frames' codecs."""
     prepare_unpacking()
     header, frames = serialize_and_split(Serialize(value), None, "raise", {}, shard)
-    header, frames = pack_frames(header, frames, list(codecs), rate, None)
+    header, frames = pack_frames(header, frames, Chooser(codecs, rate), None)
     message = dumps({"x": Serialized(header, frames)})
     return loads([bytes(frame) for frame in message])["x"], header["compression"]
 
@@ -242,7 +242,7 @@ def test_a_value_larger_than_a_frame_is_packed_frame_by_frame() -> None:
 
 def test_a_smooth_field_becomes_less_than_half_and_noise_stays_as_it_is() -> None:
     header, frames = serialize_and_split(Serialize(smooth((960, 1280))), None, "raise", {}, 2**26)
-    _, packed = pack_frames(header, frames, ["zstd", "lz4"], 0.0, None)
+    _, packed = pack_frames(header, frames, Chooser(["zstd", "lz4"], 0.0), None)
     assert sum(map(len, packed)) < 0.5 * 960 * 1280 * 4
     _, names = crossed(VALUES["noise"])
     assert names == (None,)
@@ -256,7 +256,7 @@ def test_small_values_stay_as_they_are() -> None:
 def test_frames_that_we_leave_alone_are_compressed_as_dask_is_told() -> None:
     value = np.zeros(MIN_NBYTES // 8 - 1)
     header, frames = serialize_and_split(Serialize(value), None, "raise", {}, 2**26)
-    header, frames = pack_frames(header, frames, ["zstd"], 0.0, "zlib")
+    header, frames = pack_frames(header, frames, Chooser(["zstd"], 0.0), "zlib")
     assert header["compression"] == ("zlib",)
     there = loads([bytes(frame) for frame in dumps({"x": Serialized(header, frames)})])["x"]
     assert np.array_equal(there, value)
@@ -265,7 +265,7 @@ def test_frames_that_we_leave_alone_are_compressed_as_dask_is_told() -> None:
 def test_a_scheduler_unpacks_what_it_hands_on() -> None:
     prepare_unpacking()
     header, frames = serialize_and_split(Serialize(smooth()), None, "raise", {}, 2**26)
-    packed = Serialized(*pack_frames(header, frames, ["lz4"], 0.0, None))
+    packed = Serialized(*pack_frames(header, frames, Chooser(["lz4"], 0.0), None))
     assert _is_packed(packed)
     assert not _is_packed(Serialized(header, frames))
     _unpack_all([packed])
@@ -302,3 +302,15 @@ def test_the_trials_of_a_frame_know_its_elements() -> None:
         (codec, shuffle, 4) for codec in ("zstd", "lz4") for shuffle in (1, 2)
     }
     assert all(trial.seconds_per_byte > 0 for trial in trials)
+
+
+def test_many_small_frames_share_a_trial_and_a_large_one_has_its_own() -> None:
+    chooser = Chooser(["zstd"], SLOW_LINK)
+    assert chooser.choose(smooth((100, 200)).ravel().data) is not None
+    small = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype="u4")
+    assert chooser.choose(small.data) is not None  # packing it will show that it does not get smaller
+    assert chooser.choose(np.zeros(100_000, "u1").data) is not None
+    large = np.random.default_rng(0).integers(0, 2**32, 500_000, dtype="u4")
+    assert chooser.choose(large.data) is None
+    assert chooser.choose(smooth((100, 200)).ravel().data) is None
+    assert chooser.choose(memoryview(b"few")) is None
