@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from labbench import PATH, SITES, TOP, LabBench
-
-from meshcompute.lab.errors import LabStateError
-from meshcompute.lab.running import RunningLab
+from labbench import SITES, TOP, LabBench
 
 CLIENT = """
 import json, os, sys, urllib.request
@@ -163,30 +158,3 @@ def test_a_port_that_was_asked_for_and_is_taken_is_named_and_nothing_is_built(be
         assert "Port 9786 of 127.0.0.1, wanted for the scheduler, is in use; end what listens there, name" in boot.said
         assert "gateways made" not in boot.said
     bench.wait_as(before)
-
-
-def test_the_reference_calculation_in_a_lab_of_its_own_is_right_and_leaves_nothing(
-    can_have_mesh: None, expect_nothing_left: Callable[[RunningLab], None]
-) -> None:
-    name = f"test-{os.getpid()}-{time.monotonic_ns()}"
-    command = [sys.executable, "-m", "meshcompute.cli", "lab", "run", "--name", name]
-    command += ["--image", os.environ["MESHCOMPUTE_WORKER_IMAGE"], "--", "scripts/dask-boot.sh", *SITES]
-    command += ["--", "python", "-m", "meshcompute", "demo", "--reference", "--scale", "0.05"]
-    with subprocess.Popen(
-        command, cwd=TOP, env={**os.environ, "PATH": PATH}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while True:
-                with suppress(LabStateError):
-                    if len(RunningLab(name).status().pids) == 3:
-                        break
-                assert process.poll() is None, process.communicate()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            expect_nothing_left(RunningLab(name))
-            out, said = process.communicate(timeout=110)
-        finally:
-            process.kill()
-    assert process.returncode == 0, said
-    print(out)
