@@ -226,6 +226,7 @@ class LabBench:
         self.wait_until(
             lambda: self.lab.run(host, "meshcompute-site", "ping", check=False).returncode == 0,
             f"{host}'s daemon answers",
+            READY_SECONDS,
         )
 
     def close(self) -> None:
