@@ -5,8 +5,8 @@ says of itself when it connects. Does not cover the decision and the codec (:mod
 
 Like :mod:`meshcompute.transfers` it travels to the workers by value and imports of ours only what travels with it. A
 worker that asks another for values connects to it, and in Dask's own handshake it says its pools and the codecs that it
-has. The asked worker packs if it is in none of those pools. Who says nothing (stock workers and clients, connections
-that are older than the plugin) gets plain bytes.
+has. The asked worker packs if it is in none of those pools. Who says nothing (stock workers and clients) gets plain
+bytes; connections that are older than the plugin are closed when they are idle, so that their successors say it.
 
 Notes
 -----
@@ -105,29 +105,31 @@ def withdraw(server: Any) -> None:
     _say(server.rpc, None)
 
 
-def _say(pool: Any, said: dict[str, Any] | None) -> None:
-    overrides = {k: v for k, v in (pool.connection_args.get("handshake_overrides") or {}).items() if k != ANNOUNCED}
+def _say(connections: Any, said: dict[str, Any] | None) -> None:
+    overrides = {
+        k: v for k, v in (connections.connection_args.get("handshake_overrides") or {}).items() if k != ANNOUNCED
+    }
     if said is not None:
         overrides[ANNOUNCED] = said
-    pool.connection_args["handshake_overrides"] = overrides
-    if not hasattr(pool, _SAID):
-        _renew_when_idle(pool, pool.reuse)
-    setattr(pool, _SAID, said)
-    pool.collect()  # idle connections have said something else: the next ones do not
+    connections.connection_args["handshake_overrides"] = overrides
+    if not hasattr(connections, _SAID):
+        _renew_when_idle(connections, connections.reuse)
+    setattr(connections, _SAID, said)
+    connections.collect()  # idle connections have said something else: the next ones do not
 
 
-def _renew_when_idle(pool: Any, original: Callable[[str, Any], None]) -> None:
-    """Let a pool of connections close one that is handed back, if it has said what is no longer so."""
+def _renew_when_idle(connections: Any, original: Callable[[str, Any], None]) -> None:
+    """Let a server's connections close one that is handed back, if it has said what is no longer so."""
 
     def reuse(address: str, comm: Any) -> None:
         original(address, comm)
-        idle = pool.available[address]
-        if comm in idle and comm.local_info.get(ANNOUNCED) != getattr(pool, _SAID):
+        idle = connections.available[address]
+        if comm in idle and comm.local_info.get(ANNOUNCED) != getattr(connections, _SAID):
             idle.discard(comm)
             IOLoop.current().add_callback(comm.close)  # as ConnectionPool.collect does: what is written still goes out
-            pool.semaphore.release()
+            connections.semaphore.release()
 
-    pool.reuse = reuse
+    connections.reuse = reuse
 
 
 def link_to(own_pools: set[str], handshake: Mapping[str, Any]) -> tuple[str, tuple[str, ...]] | None:

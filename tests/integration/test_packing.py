@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from distributed import Client, wait, worker_client
 
-from meshcompute import measure_traffic, pool, propagate_pools
+from meshcompute import explain, measure_traffic, pool, propagate_pools
 
 NBYTES = 960 * 1280 * 4
 
@@ -172,6 +172,24 @@ def test_arrays_and_persisted_data_are_the_same_with_and_without(packed: Any) ->
     assert crossing >= NBYTES
     assert sum(traffic.wire_bytes_between_pools.values()) < 0.5 * crossing
     np.testing.assert_array_equal(with_packing.compute(), field(5) - field(6))
+
+
+def test_the_plan_says_that_its_bytes_are_an_upper_bound(packed: Any) -> None:
+    with pool("a"):
+        a = da.ones((1000, 1000), chunks=500)
+    with pool("b"):
+        b = da.ones((1000, 1000), chunks=500)
+    plan = explain(a - b)
+    assert plan.compression == "zstd"
+    assert "at most: values that cross are packed (zstd)" in str(plan)
+    assert "at most" in plan._repr_html_()
+    assert sum(plan.bytes_between_pools.values()) >= 8_000_000
+    with dask.config.set({"meshcompute.compression": "off"}):
+        assert "at most" not in str(explain(a - b))
+    with dask.config.set({"meshcompute.compression": "auto"}):
+        assert "zstd or lz4, where that is sooner across" in str(explain(a - b))
+    with dask.config.set({"meshcompute.compression": "gzip"}), pytest.raises(ValueError, match="gzip"):
+        explain(a - b)
 
 
 def test_noise_goes_plain(packed: Any) -> None:

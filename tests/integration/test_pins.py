@@ -230,6 +230,13 @@ def test_futures_run_and_are_scattered_in_their_pool(sites: Any, rules: str) -> 
             assert set(client.who_has(one)[one.key]) == set(sites.workers(site).values())
 
 
+@pytest.mark.parametrize("site", ["a", "b"])
+def test_resources_that_name_a_pool_hold_while_everything_else_is_placed(sites: Any, site: str) -> None:
+    with propagate_pools():
+        futures = [sites.client.submit(where, i, resources={f"pool-{site}": 0}, pure=False) for i in range(4)]
+        assert sites.client.gather(futures) == [site] * 4
+
+
 def test_computing_inside_a_block_pins_what_has_no_pin(sites: Any, both: Any, rules: str) -> None:
     def unpinned() -> da.Array:  # new keys each time: a result still in memory would not be computed again
         return da.map_blocks(lambda x: np.array([where()] * len(x)), da.random.random(6, chunks=2), dtype="U1")
