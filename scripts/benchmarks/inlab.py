@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import dask
 from meshcompute.lab.errors import LabError
 from meshcompute.lab.images import IMAGE, open_image_store
 from meshcompute.lab.running import RunningLab
-from meshcompute.lab.starting import find_accounts, find_readable, start_lab
+from meshcompute.lab.starting import check_machine, find_accounts, find_readable, start_lab
 from meshcompute.lab.topology import SYSTEM_PATH, Lab
 
 TOP = Path(__file__).resolve().parents[2]
@@ -118,20 +119,21 @@ def booted(lab: RunningLab, *arguments: str, sites: Iterable[str] = tuple(SITES)
 @contextmanager
 def open_lab(image: Path | None, **options: Any) -> Iterator[RunningLab]:
     """Have a lab while the block runs; it ends with this process, whatever ends that. Options are those of ``Lab``."""
+    path = ":".join(dict.fromkeys([str(Path(sys.executable).parent), *os.get_exec_path(), *SYSTEM_PATH.split(":")]))
+    lab = Lab(
+        name=f"benchmark-{os.getpid()}",
+        path=path,
+        accounts=find_accounts(),
+        readable=find_readable(str(TOP)),
+        engine=True,
+        daemon=True,
+        **options,
+    )
+    check_machine(lab)  # before the image, which takes long
     with ExitStack() as stack:
         store, lock = open_image_store(image, say=say)
         stack.callback(os.close, lock)
-        path = ":".join(dict.fromkeys([str(Path(sys.executable).parent), *os.get_exec_path(), *SYSTEM_PATH.split(":")]))
-        lab = Lab(
-            name=f"benchmark-{os.getpid()}",
-            path=path,
-            accounts=find_accounts(),
-            readable=find_readable(str(TOP)),
-            engine=True,
-            daemon=True,
-            image_store=str(store),
-            **options,
-        )
+        lab = replace(lab, image_store=str(store))
         guardian = start_lab(lab, dies_with_us=True, locks=(lock,))
         running = RunningLab(lab.name)
 
