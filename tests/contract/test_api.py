@@ -363,7 +363,7 @@ def test_ping_tells_whether_the_daemon_works_and_why_not(site, tmp_path):
     assert "Nobody listens" in ping(tmp_path / "dead.sock").stderr
 
 
-def test_list_and_end_show_and_end_the_callers_clusters(site):
+def test_an_operator_sees_and_ends_clusters_by_the_command_line(site):
     def run(*arguments):
         done = subprocess.run(
             site.command(*arguments, "--socket", site.socket),
@@ -381,6 +381,7 @@ def test_list_and_end_show_and_end_the_callers_clusters(site):
     assert code == 0
     assert re.search(rf"(?m)^{cluster_id}  \S+ +\S+ +(pending|ready) +\d+ of \d+ +\d+ s$", said), said
     assert run("end", "nothing") == (1, "0 clusters here begin with 'nothing': see meshcompute-site list.\n")
+    assert "meshcompute_site_clusters" in run("metrics")[1]
     code, said = run("end", cluster_id[:12])
     assert (code, said) == (0, "it is ended; what is left of it is being removed\n")
     assert cluster_id not in run("list")[1]
