@@ -16,7 +16,8 @@ stock=$top/.venv-stock
 declare -A package_of=([dot]=graphviz [unshare]=util-linux [setpriv]=util-linux [mount]=mount)
 if [ "$(id -u)" = 0 ]; then # networks, containers and sites need root; without it those tests are skipped by name
     package_of+=([wg]=wireguard-tools [wireguard-go]=wireguard-go [ip]=iproute2 [nft]=nftables [ping]=iputils-ping
-        [systemd-analyze]=systemd [ssh]=openssh-client [sshd]=openssh-server [dockerd]=docker.io [debootstrap]=debootstrap [tini]=tini)
+        [systemd-analyze]=systemd [ssh]=openssh-client [sshd]=openssh-server [dockerd]=docker.io [debootstrap]=debootstrap [tini]=tini
+        [sshfs]=sshfs [rsync]=rsync)
     PATH=$PATH:/usr/sbin:/sbin
 fi
 missing=()
