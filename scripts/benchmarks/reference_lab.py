@@ -109,6 +109,7 @@ class Counters:
     def __init__(self, lab: RunningLab) -> None:
         self._lab = lab
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        pipes["start_new_session"] = True  # a Ctrl-C in the terminal is for the benchmark, which ends all in order
         self._asked = {host: lab.popen(host, sys.executable, "-c", _WIREGUARD, **pipes) for host in HOSTS}
         self._hosts = {str(host.address): host.name for host in lab.status().lab.hosts}
 
@@ -174,7 +175,7 @@ class Programs:
 
     def __init__(self, lab: RunningLab) -> None:
         command = (sys.executable, str(HERE / "reference_programs.py"), PROGRAMS_SOCKET)
-        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE}
+        pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "start_new_session": True}
         self._server = lab.popen("client", *command, user="mesh", text=True, **pipes)
         # A socket with a name is reached by any process that sees the file, whatever its network.
         self._path = f"/proc/{lab.status().pids['client']}/root{PROGRAMS_SOCKET}"

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import traceback
+import warnings
 
 from reference_watch import say, watch
 from reference_way import Way
@@ -23,6 +24,7 @@ from reference_way import Way
 
 def main() -> None:
     """Serve until killed; programs end with the lab."""
+    warnings.filterwarnings("ignore", "Mismatched versions found")  # the image's Python may be another 3.11
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(sys.argv[1])
         listener.listen()

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import dask
 import matplotlib as mpl
 import numpy as np
@@ -29,6 +30,9 @@ from reference_watch import peak_nbytes, reset_peak, say, start_watching, stop_w
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
+
+# Schedulers have no such module.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 Work = Callable[[], Any]
 
