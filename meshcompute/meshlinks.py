@@ -13,7 +13,7 @@ from dataclasses import replace
 from meshcompute.meshplan import SCHEDULER_SITE, MeshPlan, Stage, links_up, relay_of, why_failed
 from meshcompute.protocol import ClusterStatus
 
-__all__ = ["bypass", "silent_pairs", "to_blame", "what_is_true", "why_not_over"]
+__all__ = ["bypass", "new_relays", "silent_pairs", "to_blame", "what_is_true", "why_not_over"]
 
 
 def silent_pairs(plan: MeshPlan, statuses: Mapping[int, ClusterStatus]) -> set[frozenset[int]]:
@@ -59,6 +59,28 @@ def bypass(plan: MeshPlan, silent: Collection[frozenset[int]]) -> MeshPlan:
     without = replace(plan, broken=plan.broken | frozenset(silent))
     found = {pair for pair in silent if relay_of(without, *(plan.member(site) for site in sorted(pair))) is not None}
     return replace(plan, broken=plan.broken | found) if found else plan
+
+
+def new_relays(before: MeshPlan, after: MeshPlan) -> list[str]:
+    """Say which pairs of sites are relayed from now on.
+
+    Parameters
+    ----------
+    before, after
+        The cluster.
+
+    Returns
+    -------
+    list of str
+        A line for people for each pair.
+    """
+    lines = []
+    for pair in sorted(after.broken - before.broken, key=sorted):
+        one, other = (after.member(site) for site in sorted(pair))
+        relay = relay_of(after, one, other)
+        through = "nobody" if relay is None else str(after.member(relay))
+        lines.append(f"{one} and {other} do not hear each other: relayed through {through}")
+    return lines
 
 
 def to_blame(silent: Collection[frozenset[int]]) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import replace
 
 from meshcompute.control import SiteClient, SiteControl
-from meshcompute.meshlinks import bypass, silent_pairs, to_blame, what_is_true, why_not_over
+from meshcompute.meshlinks import bypass, new_relays, silent_pairs, to_blame, what_is_true, why_not_over
 from meshcompute.meshplan import (
     SCHEDULER_SITE,
     STAGES,
@@ -25,7 +25,6 @@ from meshcompute.meshplan import (
     check_members,
     is_stage_over,
     learn,
-    relay_of,
     spec_of,
     why_failed,
 )
@@ -99,7 +98,7 @@ class MeshSites:
 
     def name_of(self, site: int) -> str:
         """How people know a site: as they wrote it, and its pool."""
-        written = str(self.controls[site].address)
+        written = str(self._control(site).address)
         return f"{written} ({self.infos[site].pool})" if site in self.infos else written
 
     @property
@@ -241,11 +240,8 @@ class MeshSites:
         silent = silent_pairs(self.plan, self.statuses)
         if silent and waited_seconds > BYPASS_SECONDS:
             better = bypass(self.plan, silent)
-            for pair in better.broken - self.plan.broken:
-                one, other = (self.name_of(site) for site in sorted(pair))
-                relay = relay_of(better, *(better.member(site) for site in sorted(pair)))
-                assert relay is not None
-                self._say(f"{one} and {other} do not hear each other: relayed through {self.name_of(relay)}")
+            for line in new_relays(self.plan, better):
+                self._say(line)
             self.plan = better
             silent -= better.broken
         return silent
@@ -291,23 +287,27 @@ class MeshSites:
                 raise problem
 
     def _can_leave_out(self, site: int) -> bool:
-        rest = set(self.controls) - set(self.left_out) - {SCHEDULER_SITE, site}
+        rest = set(self.controls) - {SCHEDULER_SITE, site}
         return self._allow_partial and self._is_booting and site != SCHEDULER_SITE and bool(rest)
 
     async def _leave_out(self, site: int, error: SiteError) -> None:
         self._say(f"{error}\ngoing on without {self.name_of(site)}")
-        self.left_out[site] = error
-        self.plan = self.plan.without({site})  # at once: the others wait for it no longer
-        self.infos.pop(site, None)
-        self.statuses.pop(site, None)
+        self.lose(site, error)  # at once: the others wait for it no longer, and nobody renews its lease
         if site in self._told:
             await self._remove_one(site)
-        await self.controls.pop(site).close()
+            self._told.discard(site)
+        await self._lost.pop(site).close()
 
     async def _call(
         self, site: int, request: Callable[[SiteClient], Awaitable[ClusterStatus]], *, attempts: int = 3
     ) -> ClusterStatus:
-        return await self.controls[site].call(request, attempts=attempts)
+        return await self._control(site).call(request, attempts=attempts)
+
+    def _control(self, site: int) -> SiteControl:
+        control = self.controls.get(site) or self._lost.get(site)
+        if control is None:
+            raise SiteStartError(f"number {site}", "it was left out")
+        return control
 
     # While it runs
 
@@ -316,7 +316,7 @@ class MeshSites:
 
         async def refresh_one(site: int) -> None:
             with contextlib.suppress(SiteUnreachableError):
-                self.statuses[site] = await self._call(site, lambda client: client.status(self.plan.cluster_id))
+                self._note(site, await self._call(site, lambda client: client.status(self.plan.cluster_id)))
 
         await asyncio.gather(*(refresh_one(site) for site in self.controls))
 
@@ -365,8 +365,12 @@ class MeshSites:
                 raise
             # A change of ours may have overtaken the renewal, and counts as one; or the cluster has ended there.
             status = await self._call(site, lambda client: client.status(self.plan.cluster_id))
-        self.statuses[site] = status
+        self._note(site, status)
         return status
+
+    def _note(self, site: int, status: ClusterStatus) -> None:
+        if site in self.controls:  # or it was left out meanwhile
+            self.statuses[site] = status
 
     async def hand_round_new_keys(self) -> None:
         """Tell all sites the new key of a gateway that had to make one."""

@@ -86,18 +86,23 @@ class Renewals:
             if not mesh.has_part(site):
                 heard = time.monotonic()
                 continue  # it has nothing of ours yet
+            problem: SiteError | None = None
             try:
                 status = await self._renew(site, until=heard + lease)
-            except SiteRefusedError as exc:
-                if exc.kind in ("not_found", "conflict"):
-                    self._on_lost(site, exc)
+            except SiteError as exc:
+                problem = exc
+            if site not in mesh.controls:
+                return  # it was left out meanwhile
+            if isinstance(problem, SiteRefusedError):
+                if problem.kind in ("not_found", "conflict"):
+                    self._on_lost(site, problem)
                     return
-                logger.warning("lease not renewed site=%s error=%s", mesh.name_of(site), exc)
-            except SiteUnreachableError as exc:
+                logger.warning("lease not renewed site=%s error=%s", mesh.name_of(site), problem)
+            elif problem is not None:
                 if not is_silent:
                     is_silent = True
                     remaining = max(0.0, heard + lease - time.monotonic())
-                    self._say(f"{exc}; trying on, its lease ends in {remaining:.0f} s")
+                    self._say(f"{problem}; trying on, its lease ends in {remaining:.0f} s")
             else:
                 if is_silent:
                     self._say(f"{mesh.name_of(site)}: back after {time.monotonic() - heard:.0f} s")

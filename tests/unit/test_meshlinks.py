@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from meshplans import plan_of, shaken, status_of
 
-from meshcompute.meshlinks import bypass, silent_pairs, to_blame, what_is_true, why_not_over
+from meshcompute.meshlinks import bypass, new_relays, silent_pairs, to_blame, what_is_true, why_not_over
 from meshcompute.meshplan import MeshPlanError, check_members, is_stage_over, spec_of
 
 
@@ -28,6 +28,10 @@ def test_two_that_do_not_hear_each_other_are_relayed_by_a_third_that_both_hear()
     plan = plan_of(True, True, True)
     relayed = bypass(plan, {pair(1, 2)})
     assert relayed.broken == {pair(1, 2)}
+    said = (
+        "mesh@10.8.0.1 (pool1) and mesh@10.8.0.2 (pool2) do not hear each other: relayed through mesh@10.8.0.0 (pool0)"
+    )
+    assert new_relays(plan, relayed) == [said]
     check_members(relayed)
     via = {peer.site: peer.via for peer in spec_of(relayed, 1, "run", epoch=4).peers}
     assert via == {0: None, 2: 0}
