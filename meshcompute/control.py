@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import json
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from meshcompute.protocol import (
     SiteInfo,
 )
 from meshcompute.sites import SiteAddress, SiteRefusedError, SiteUnreachableError
-from meshcompute.sshtunnel import SshBridge, SshTunnel, diagnose, make_socket_folder
+from meshcompute.sshtunnel import SshBridge, SshTunnel, choose_socket_folder, diagnose
 
 __all__ = ["SiteClient", "SiteControl"]
 
@@ -120,17 +119,6 @@ class SiteClient:
                 "install the same release at both ends"
             )
             raise SiteUnreachableError(self.site, "wrong_version", message) from exc
-        try:
-            spoken = json.loads(raw).get("api_version")
-        except (ValueError, AttributeError):
-            spoken = None
-        if spoken != API_VERSION:
-            older = "this side" if isinstance(spoken, int) and spoken > API_VERSION else "the site"
-            message = (
-                f"its daemon speaks version {spoken} of the protocol and this meshcompute version {API_VERSION}; "
-                f"upgrade {older} to the other's release"
-            )
-            raise SiteUnreachableError(self.site, "wrong_version", message)
         return self._read(SiteInfo, raw)
 
     async def health(self) -> Health:
@@ -411,8 +399,7 @@ class SiteControl:
         """Bring the daemon's socket to this host, and return its path here."""
         if self.address.is_local:
             return Path(self.address.socket)
-        folder = make_socket_folder()
-        self._path = folder / "site.sock"
+        self._path = choose_socket_folder() / "site.sock"
         if not self._forwarding_is_off:
             self._transport = SshTunnel(self.address, self._path, ssh=self._ssh)
             try:
@@ -428,7 +415,7 @@ class SiteControl:
             cause = await diagnose(self.address, ssh=self._ssh, site_command=self._site_command)
             if cause is not None:
                 raise cause
-            folder.mkdir(mode=0o700, exist_ok=True)  # the tunnel's guard removes it
+            self._path = choose_socket_folder() / "site.sock"
         self._transport = SshBridge(self.address, self._path, ssh=self._ssh, site_command=self._site_command)
         await self._transport.start()
         if not await _answers(self._path):

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -30,7 +31,7 @@ from pathlib import Path
 from meshcompute.protocol import DEFAULT_SOCKET
 from meshcompute.sites import Cause, SiteAddress, SiteUnreachableError
 
-__all__ = ["SshBridge", "SshTunnel", "cause_of_ssh", "diagnose", "make_socket_folder", "ssh_command"]
+__all__ = ["SshBridge", "SshTunnel", "cause_of_ssh", "choose_socket_folder", "diagnose", "ssh_command"]
 
 MAX_SOCKET_PATH = 100  # a unix socket's path ends at 107 bytes on Linux and at 103 on others
 CONNECT_TIMEOUT_SECONDS = 10
@@ -58,13 +59,16 @@ SSH_OPTIONS = (
     "LogLevel=ERROR",  # no banners: what ssh writes names the cause of a failure
 )
 
-# $1 socket, $2 its folder, then ssh. The parent's death arrives as TERM; `wait` returns then.
+# $1 our process, $2 socket, $3 its folder, then the command. Our death arrives as TERM, and can come at any time: the
+# folder is made by nobody who could die before it is removed. What the command writes is what the guard writes.
 _GUARD = """
-trap : TERM HUP INT
-socket=$1 folder=$2; shift 2
-"$@" & ssh=$!
-wait $ssh; status=$?
-kill $ssh 2>/dev/null
+trap 'ended=1; kill $! 2>/dev/null' TERM HUP INT
+[ "$PPID" = "$1" ] || exit 1
+socket=$2 folder=$3; shift 3
+mkdir -m 700 "$folder" || exit 1
+if [ -z "$ended" ]; then "$@" & fi
+[ -z "$ended" ] || kill $! 2>/dev/null
+wait $!; status=$?
 rm -f "$socket"; rmdir "$folder" 2>/dev/null
 exit $status
 """
@@ -144,17 +148,17 @@ def ssh_command(address: SiteAddress, *, ssh: Sequence[str] = ("ssh",), options:
     return [*command, "--", address.host]
 
 
-def make_socket_folder() -> Path:
-    """Make a private folder (mode 0700) with a path short enough for sockets in it.
+def choose_socket_folder() -> Path:
+    """Choose where a private folder for a socket will be, with a path that is short enough for that.
 
     Returns
     -------
     pathlib.Path
-        The folder, which the caller removes.
+        Nothing is there yet. The guard of the socket makes the folder, and removes it.
     """
     for parent in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir(), "/tmp"):  # noqa: S108 (mkdtemp's is private)
         if parent and len(parent) + len("/mesh-XXXXXXXX/999.sock") <= MAX_SOCKET_PATH and os.access(parent, os.W_OK):
-            return Path(tempfile.mkdtemp(prefix="mesh-", dir=parent))
+            return Path(parent, f"mesh-{secrets.token_hex(4)}")
     raise OSError("there is no folder for sockets: set XDG_RUNTIME_DIR or TMPDIR to a writable one with a short path")
 
 
@@ -220,18 +224,8 @@ class SshTunnel:
         options = ["-N", "-o", "ExitOnForwardFailure=yes", "-o", "StreamLocalBindUnlink=yes"]
         options += ["-o", "StreamLocalBindMask=0177", "-L", f"{self.path}:{self.address.socket}"]
         command = ssh_command(self.address, ssh=self._ssh, options=options)
-        guarded = [
-            "sh",
-            "-c",
-            _GUARD,
-            "sh",
-            str(self.path),
-            str(self.path.parent),
-            *_dies_with_parent("KILL"),
-            *command,
-        ]
         _require_ssh(self.address, self._ssh)
-        self._process = await _run([*_dies_with_parent("TERM"), *guarded])
+        self._process = await _run(_guarded(self.path, command))
         self._reader = asyncio.create_task(self._read())
         try:
             async with asyncio.timeout(OPEN_TIMEOUT_SECONDS):
@@ -294,6 +288,7 @@ class SshBridge:
             *ssh_command(address, ssh=ssh, options=["-o", "ClearAllForwardings=yes"]),
             _remote(address, site_command, "connect"),
         ]
+        self._guard: asyncio.subprocess.Process | None = None
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -311,7 +306,11 @@ class SshBridge:
             There is no ``ssh`` here.
         """
         _require_ssh(self.address, self._ssh)
-        self.path.unlink(missing_ok=True)
+        self._guard = await _run(_guarded(self.path, ["sleep", "infinity"]))
+        while not self.path.parent.is_dir():
+            if self._guard.returncode is not None:
+                raise SiteUnreachableError(str(self.address), "other", f"{self.path.parent} could not be made here")
+            await asyncio.sleep(POLL_SECONDS)
         self._server = await asyncio.start_unix_server(self._accept, self.path)
 
     async def stop(self) -> None:
@@ -322,6 +321,9 @@ class SshBridge:
         for task in self._connections:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
+        if self._guard is not None:
+            await _end(self._guard)
+            self._guard = None
         self.path.unlink(missing_ok=True)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -415,6 +417,12 @@ def _require_ssh(address: SiteAddress, ssh: Sequence[str]) -> None:
     if shutil.which(ssh[0]) is None:
         message = f"this host has no program {ssh[0]!r}; install OpenSSH's client (apt-get install openssh-client)"
         raise SiteUnreachableError(str(address), "no_ssh", message)
+
+
+def _guarded(path: Path, command: Sequence[str]) -> list[str]:
+    """Run a command that needs the folder of a socket; whatever ends it, or us, the folder goes."""
+    guard = ["sh", "-c", _GUARD, "sh", str(os.getpid()), str(path), str(path.parent)]
+    return [*_dies_with_parent("TERM"), *guard, *_dies_with_parent("KILL"), *command]
 
 
 async def _run(command: Sequence[str], *, stdin: int = asyncio.subprocess.DEVNULL) -> asyncio.subprocess.Process:

@@ -53,6 +53,8 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin no
 AllowStreamLocalForwarding yes
+ClientAliveInterval 10
+ClientAliveCountMax 3
 PrintMotd no
 Subsystem sftp internal-sftp
 SetEnv PATH={path}

@@ -1,6 +1,7 @@
 """Reaching a site's daemon for real: OpenSSH's client and server, a socket of this host, and each way to fail."""
 
 import asyncio
+import getpass
 import os
 import shutil
 import signal
@@ -12,16 +13,23 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from fakesite import FakeSite, RunningSite
+from sitedaemon import BreakingDoor, SiteDaemon
 from sshd import Sshd
 
 import meshcompute.sshtunnel
 from meshcompute.control import SiteClient, SiteControl
-from meshcompute.protocol import ClusterSpec, ErrorInfo
+from meshcompute.protocol import ClusterSpec, WorkerRequest
 from meshcompute.sites import SiteRefusedError, SiteUnreachableError, parse_site
 
 SITE_COMMAND = f"{sys.executable} -c 'from controlplane.cli import main; main()'"
 SPEC = ClusterSpec(name="test", epoch=1, role="site", prefix="fda5:c0ff:eeee::/48", site=1)
+OTHER_VERSION = """
+import sys
+import meshcompute.protocol
+meshcompute.protocol.API_VERSION = 99
+from controlplane.cli import main
+main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +54,22 @@ def sockets(tmp_path_factory, monkeypatch):
     assert list(folder.rglob("*")) == []
 
 
+@pytest.fixture(scope="module")
+def real_daemon():
+    started = SiteDaemon().start()
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def daemon(tmp_path):
-    with RunningSite(FakeSite(), tmp_path / "site.sock") as fake:
-        fake.path = tmp_path / "site.sock"
-        yield fake
+def daemon(real_daemon, tmp_path):
+    """The socket of a daemon that all tests of this file share; of each test's clusters nothing may be left."""
+    door = BreakingDoor(real_daemon, tmp_path / "site.sock")
+    yield door
+    door.close()
+    for cluster in real_daemon.request("GET", "/v1/clusters").json:
+        real_daemon.delete(cluster["cluster_id"])
+        real_daemon.wait_phase(cluster["cluster_id"], "gone")
 
 
 def control(sshd, path, *, site=None, ssh=None, site_command=SITE_COMMAND, **options):
@@ -93,7 +112,7 @@ def test_a_socket_is_forwarded_and_every_request_answered(sshd, daemon, sockets)
     async def run():
         site = control(sshd, daemon.path)
         info = await site.open()
-        assert (info.pool, site.transport) == ("ecmwf", "forwarding")
+        assert (info.pool, site.transport) == ("alpha", "forwarding")
         folder = next(sockets.iterdir())
         assert folder.stat().st_mode & 0o777 == 0o700
         assert next(folder.iterdir()).stat().st_mode & 0o077 == 0
@@ -101,18 +120,18 @@ def test_a_socket_is_forwarded_and_every_request_answered(sshd, daemon, sockets)
         status = await site.call(lambda client: client.put(key, SPEC))
         assert (status.cluster_id, status.epoch, status.phase) == (key, 1, "ready")
         assert [one.cluster_id for one in await site.call(SiteClient.clusters)] == [key]
-        assert (await site.call(lambda client: client.renew(key, 1))).lease_remaining_seconds == 120
-        assert (await site.call(lambda client: client.status(key))).owner == "tester"
-        assert await site.call(lambda client: client.logs(key, "ecmwf-1-0", 7)) == "7 lines of ecmwf-1-0\n"
+        assert 100 < (await site.call(lambda client: client.renew(key, 1))).lease_remaining_seconds <= 120
+        assert (await site.call(lambda client: client.status(key))).owner == getpass.getuser()
+        with pytest.raises(SiteRefusedError, match="has no worker 'alpha-1-0' here"):
+            await site.call(lambda client: client.logs(key, "alpha-1-0", 7))
         assert (await site.call(SiteClient.health)).is_healthy
-        assert (await site.call(lambda client: client.delete(key, 1))).phase == "gone"
-        with pytest.raises(SiteRefusedError, match="was deleted at epoch 1") as excinfo:
+        assert (await site.call(lambda client: client.delete(key, 1))).phase in ("removing", "gone")
+        with pytest.raises(SiteRefusedError, match="not newer than epoch 1") as excinfo:
             await site.call(lambda client: client.put(key, SPEC))
         assert (excinfo.value.kind, excinfo.value.site) == ("conflict", sshd.site)
         await site.close()
 
     asyncio.run(run())
-    assert daemon.history == [SPEC]
     assert not processes_with(str(sockets))
 
 
@@ -122,7 +141,7 @@ def test_where_forwarding_is_off_the_command_connect_is_used(openssh, daemon, tm
 
         async def run():
             site = control(strict, daemon.path)
-            assert (await site.open()).pool == "ecmwf"
+            assert (await site.open()).pool == "alpha"
             assert site.transport == "connect"
             key = uuid4().hex
             answers = await asyncio.gather(*(site.call(lambda client: client.put(key, SPEC)) for _ in range(6)))
@@ -198,11 +217,16 @@ def test_a_host_without_ssh_is_told(daemon):
     assert (failure.cause, "openssh-client" in str(failure)) == ("no_ssh", True)
 
 
-@pytest.mark.parametrize(("version", "who"), [(0, "upgrade the site"), (99, "upgrade this side")])
-def test_another_version_of_the_protocol_is_refused(daemon, version, who):
-    daemon.api_version = version
-    failure = failure_of(SiteControl(parse_site(f"local:{daemon.path}")))
-    assert (failure.cause, who in str(failure)) == ("wrong_version", True)
+def test_another_version_of_the_protocol_is_refused():
+    other = SiteDaemon()
+    other.program = ["-c", OTHER_VERSION]
+    other.health = "/v99/health"
+    other.start()
+    try:
+        failure = failure_of(SiteControl(parse_site(f"local:{other.socket}")))
+    finally:
+        other.close()
+    assert (failure.cause, "install the same release at both ends" in str(failure)) == ("wrong_version", True)
 
 
 def test_no_daemon_on_this_host_is_said_with_how_to_install_one(tmp_path):
@@ -212,10 +236,17 @@ def test_no_daemon_on_this_host_is_said_with_how_to_install_one(tmp_path):
 
 
 def test_what_the_daemon_refuses_is_passed_on_and_not_tried_again(daemon):
-    daemon.refuse = ErrorInfo(kind="forbidden", message="user tester may not use this site; ask its operator")
-    with pytest.raises(SiteRefusedError, match="user tester may not use this site; ask its operator") as excinfo:
-        opened(SiteControl(parse_site(f"local:{daemon.path}")))
-    assert excinfo.value.kind == "forbidden"
+    async def run():
+        site = SiteControl(parse_site(f"local:{daemon.path}"))
+        await site.open()
+        before = daemon.n_requests
+        wanted = SPEC.model_copy(update={"workers": WorkerRequest(containers=256)})
+        with pytest.raises(SiteRefusedError, match="Ask for less, or ask the operator") as excinfo:
+            await site.call(lambda client: client.put(uuid4().hex, wanted))
+        assert (excinfo.value.kind, daemon.n_requests - before) == ("quota", 1)
+        await site.close()
+
+    asyncio.run(run())
 
 
 def test_a_connection_that_breaks_is_made_anew(sshd, daemon):
@@ -223,7 +254,7 @@ def test_a_connection_that_breaks_is_made_anew(sshd, daemon):
         site = control(sshd, daemon.path)
         await site.open()
         daemon.break_next = 2
-        assert (await site.call(SiteClient.site_info)).pool == "ecmwf"
+        assert (await site.call(SiteClient.site_info)).pool == "alpha"
         assert daemon.break_next == 0
         await site.close()
 
@@ -250,7 +281,7 @@ def test_a_tunnel_that_was_killed_is_replaced(sshd, daemon, sockets):
         before = processes_with(str(sockets))
         for pid in before:
             os.kill(pid, signal.SIGKILL)
-        assert (await site.call(SiteClient.site_info)).pool == "ecmwf"
+        assert (await site.call(SiteClient.site_info)).pool == "alpha"
         assert set(processes_with(str(sockets))).isdisjoint(before)
         await site.close()
 
@@ -294,9 +325,7 @@ def test_the_path_of_the_socket_is_short_wherever_the_runtime_folder_is(monkeypa
     long = tmp_path / ("x" * 120)
     long.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
-    folder = meshcompute.sshtunnel.make_socket_folder()
-    try:
-        assert len(str(folder / "site.sock")) <= meshcompute.sshtunnel.MAX_SOCKET_PATH
-        assert list(long.iterdir()) == []
-    finally:
-        folder.rmdir()
+    folder = meshcompute.sshtunnel.choose_socket_folder()
+    assert len(str(folder / "site.sock")) <= meshcompute.sshtunnel.MAX_SOCKET_PATH
+    assert folder.parent != long
+    assert not folder.exists()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -250,15 +250,10 @@ def test_a_late_put_does_not_bring_an_ended_cluster_back_also_after_a_restart_of
 
 def test_a_detached_cluster_is_kept_after_the_session_that_started_it(bench: LabBench) -> None:
     before = bench.observe()
-    keys = "/home/mesh/.ssh/authorized_keys"
-    bench.lab.run("client", "cp", "/home/mesh/.ssh/id_ed25519.pub", keys, user="mesh")
-    script = [str(TOP / "scripts/dask-boot.sh"), *SITES, *SMALL, "--detach", "--name", "apart"]
-    variables = [f"PATH={os.environ['PATH']}", f"PYTHON={sys.executable}"]
-    # With a terminal, which goes with its session.
-    session = ["ssh", "-tt", "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "mesh@10.8.0.3"]
-    command = " ".join((*variables, *script))
-    said = bench.lab.run("client", *session, command, user="mesh", timeout=100.0, stdin=subprocess.DEVNULL).stdout
-    bench.lab.run("client", "rm", keys)
+    boot = shlex.join([str(TOP / "scripts/dask-boot.sh"), *SITES, *SMALL, "--detach", "--name", "apart"])
+    # A session with a terminal of its own, which hangs up at its end, as a person's does at logout.
+    session = ["setsid", "--wait", "script", "--quiet", "--return", "--command", boot, "/dev/null"]
+    said = bench.lab.run("client", *session, user="mesh", timeout=100.0, stdin=subprocess.DEVNULL).stdout
     assert "it runs on in the background" in said
     record = bench.lab.run("client", "sh", "-c", "ls /tmp/meshcompute-*/apart.json").stdout.strip()
     written = bench.lab.run("client", "stat", "-c", "%.Y", record).stdout
