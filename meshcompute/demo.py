@@ -12,7 +12,6 @@ the files already, or a worker of each writes its own.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -188,11 +187,11 @@ class Demo:
             delivered.callback(sites.run_on_hosts, site, _remove, str(sites.folder))
             try:
                 sites.run_on_hosts(site, write, str(sites.folder / site / file))
-            except OSError as exc:
-                if exc.errno != errno.ENOSPC:
-                    raise
-                cure = "take a smaller --scale, or name a folder that has the files (--data)"
-                raise MeshError(f"{site} has no room for the file in {sites.folder.parent}: {cure}.") from exc
+            except (OSError, RuntimeError) as exc:  # the second is HDF5's for a full disk
+                cure = (
+                    "If there is no room for it, take a smaller --scale, or name a folder that has the files (--data)."
+                )
+                raise MeshError(f"Site {site} cannot write its file in {sites.folder.parent} ({exc}). {cure}") from exc
         sites.client.unsubscribe_topic(PROGRESS_TOPIC)
 
     def _writers(self) -> tuple[_Writer, _Writer]:

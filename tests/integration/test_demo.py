@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
+
+from meshcompute.cli import mesh
 
 SITES = [
     "ecmwf-1-0",
@@ -116,6 +119,22 @@ def test_it_uses_a_cluster_that_is_there_and_leaves_no_file(start_sites, tmp_pat
     folder = Path(re.search(r"north: (\S+)", output).group(1)).parents[1]
     assert folder.parent == tmp_path
     assert not folder.exists()
+
+
+def test_the_sites_of_a_cluster_may_have_the_files_and_need_not_write_any(start_sites, tmp_path):
+    mine = start_sites(pools=("ecmwf", "eumetsat"), workers_per_site=1)
+    options = ("--reference", "--scale", "0.02", "--scheduler", mine.mesh.scheduler_address)
+    code, _, errors = run(*options, cwd=tmp_path, TMPDIR=str(mine.store("eumetsat")))  # hidden from the other site
+    assert code == 1
+    assert re.search(r"Site ecmwf cannot write its file in \S+ \(.+\)\. If there is no room", errors)
+    assert "Traceback" not in errors
+
+    written = CliRunner().invoke(mesh, ["sample-data", "--scale", "0.02", str(mine.store("ecmwf").parent)])
+    assert written.exit_code == 0, written.output
+    code, output, errors = run(*options, "--data", str(mine.mesh.root / "data"), cwd=tmp_path)
+    assert code == 0, output + errors
+    assert f"ecmwf: {mine.path('ecmwf')}/predictions.nc" in output
+    assert mine.store("ecmwf", "predictions.nc").exists()  # what was there before, stays
 
 
 def test_the_cluster_need_not_have_meshcompute(stock_sites, tmp_path):
