@@ -11,6 +11,7 @@ result as JSON. Ways 1 to 5 never import meshcompute.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -84,6 +85,7 @@ class Way:
 
         with self._local_client():
             yield work
+        shutil.rmtree(top)  # it lies in memory
 
     @contextmanager
     def one_stock_cluster(self) -> Iterator[Work]:
