@@ -18,10 +18,7 @@ import hashlib
 import logging
 import os
 import shutil
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,7 +30,7 @@ from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 from docker.types import LogConfig, Mount
 
 import docker
-from controlplane.workers import entrypoint, locallistener, nursery, relay
+from controlplane.workers import entrypoint, locallistener, nursery
 from controlplane.workers.base import (
     FolderError,
     ImageError,
@@ -43,8 +40,6 @@ from controlplane.workers.base import (
     WorkerState,
 )
 from controlplane.workers.commands import (
-    SCHEDULER_DASHBOARD_PORT,
-    SCHEDULER_PORT,
     plan_unit,
     reason_of,
     spill_bytes_of,
@@ -52,7 +47,7 @@ from controlplane.workers.commands import (
 from controlplane.workers.inventory import inventory_command, parse_inventory
 from controlplane.workers.namespaces import submounts_of
 from controlplane.workers.ports import listen_locally
-from controlplane.workers.processes import ProcessRecord, disown, is_alive, read_record, record_of, write_record
+from controlplane.workers.relays import Relays
 from controlplane.workers.runfolder import RunFolder, unknown_unit
 
 __all__ = ["DockerRuntime", "container_options"]
@@ -70,8 +65,6 @@ PROCESSES_PER_WORKER = 256  # threads count, too: Dask's own, those of NumPy's l
 NOBODY = "65534:65534"
 INVENTORY_BYTES, INVENTORY_PROCESSES = 256 << 20, 16
 ENGINE_TIMEOUT_SECONDS = 30.0
-RELAY_TIMEOUT_SECONDS = 5.0
-POLL_SECONDS = 0.02
 RTO_MAX = Path("/proc/sys/net/ipv4/tcp_rto_max_ms")
 LABEL_CLUSTER, LABEL_NAME, LABEL_OWNER = "meshcompute.cluster", "meshcompute.name", "meshcompute.owner"
 LABEL_FOLDER = "meshcompute.folder"  # whose it is: two daemons at one engine leave each other's alone
@@ -212,14 +205,13 @@ class DockerRuntime:
     ) -> None:
         self.folder = RunFolder(Path(folder).absolute(), monotonic)
         self.timeout_seconds = timeout_seconds
-        self._monotonic = monotonic
         self.base_url = base_url
         self.image = image
         self.proc = proc
         self._client: Any = None
         self._starting: set[str] = set()
         self._packages_by_image: dict[str, dict[str, str]] = {}
-        self._relays: dict[str, subprocess.Popen[bytes]] = {}
+        self._relays = Relays(self.folder, monotonic)
 
     async def observe(self) -> dict[str, WorkerState]:
         """Look at all containers of this runtime; see :meth:`.WorkerRuntime.observe`."""
@@ -245,7 +237,7 @@ class DockerRuntime:
         """Give a container a new deadline, and a scheduler its relay back; see :meth:`.WorkerRuntime.renew`."""
         self.folder.renew(name, deadline_seconds)
         spec = self.folder.spec(name)
-        if spec.role == "scheduler" and not self._has_relay(name):
+        if spec.role == "scheduler" and not self._relays.is_there(name):
             await asyncio.to_thread(self._mend_relay, spec)
 
     async def check_image(self, image: str | None) -> None:
@@ -258,8 +250,7 @@ class DockerRuntime:
 
     async def close(self) -> None:
         """Close the connections to the engine; see :meth:`.WorkerRuntime.close`."""
-        for child in self._relays.values():
-            disown(child)
+        self._relays.disown()
         client, self._client = self._client, None
         if client is not None:
             client.close()
@@ -305,7 +296,7 @@ class DockerRuntime:
                     name=name,
                     state="exited",
                     message=message,
-                    has_run=self._relay_record(name) is not None,  # only a scheduler has one, once it runs
+                    has_run=self._relays.record(name) is not None,  # only a scheduler has one, once it runs
                 )
         return states
 
@@ -350,7 +341,7 @@ class DockerRuntime:
                 container.reload()
                 state = self._state(container)
                 if listeners and state.pid is not None:
-                    self._start_relay(spec, listeners, state.pid)
+                    self._relays.start(spec, listeners, f"{self.proc}/{state.pid}")
             except APIError as exc:
                 with suppress(RuntimeUnknownError):
                     self._stop(spec.name, 0)
@@ -390,7 +381,7 @@ class DockerRuntime:
         self.folder.end(name, grace_seconds)  # first: it works without an engine, too
         with self._engine():
             self._remove(name, grace_seconds)
-        self._end_relay(name)
+        self._relays.end(name)
         self.folder.remove(name)
 
     def _remove(self, name: str, grace_seconds: float) -> None:
@@ -450,50 +441,13 @@ class DockerRuntime:
         self._packages_by_image[image_id] = found
         return found
 
-    # The relay of a scheduler
-
-    def _start_relay(self, spec: WorkerSpec, listeners: list[Any], pid: int) -> None:
-        targets = (SCHEDULER_PORT, SCHEDULER_DASHBOARD_PORT)
-        pairs = [f"{listener.fileno()}:{port}" for listener, port in zip(listeners, targets, strict=False)]
-        command = [sys.executable, "-I", relay.__file__, str(self.folder.given(spec.name)), f"{self.proc}/{pid}"]
-        child = subprocess.Popen(
-            [*command, str(spec.uid), str(spec.gid), *pairs],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            pass_fds=[listener.fileno() for listener in listeners],
-            start_new_session=True,  # clients stay connected while the daemon restarts
-        )
-        self._relays[spec.name] = child
-        write_record(self.folder.folder(spec.name) / "relay.json", record_of(child.pid))
-
-    def _relay_record(self, name: str) -> ProcessRecord | None:
-        return read_record(self.folder.folder(name) / "relay.json")
-
-    def _has_relay(self, name: str) -> bool:
-        if name in self._relays:
-            self._relays[name].poll()  # takes note of its end, without which it stays as a zombie
-        record = self._relay_record(name)
-        return record is not None and is_alive(record)
-
-    def _end_relay(self, name: str) -> None:
-        """Wait until nothing holds the network of a container any more: the relay sees that its lease has ended."""
-        record = self._relay_record(name)
-        until = self._monotonic() + RELAY_TIMEOUT_SECONDS
-        while record is not None and self._has_relay(name):
-            if self._monotonic() > until:
-                os.kill(record.pid, signal.SIGKILL)
-            time.sleep(POLL_SECONDS)
-        self._relays.pop(name, None)
-
     def _mend_relay(self, spec: WorkerSpec) -> None:
         with self._engine() as engine, suppress(NotFound):
             state = self._state(engine.containers.get(spec.name))
             if state.pid is not None:
                 listeners = listen_locally(spec)
                 try:
-                    self._start_relay(spec, listeners, state.pid)
+                    self._relays.start(spec, listeners, f"{self.proc}/{state.pid}")
                 finally:
                     for listener in listeners:
                         listener.close()

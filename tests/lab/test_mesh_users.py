@@ -54,6 +54,19 @@ def opens(path):
         return False
 print(json.dumps([path for path in json.load(sys.stdin) if opens(path)]))
 """
+# Names the places that answer something to an HTTP request: the dashboard does, and a scheduler greets everybody.
+KNOCK = """
+import json, socket, sys
+def answers(place):
+    host, port = place.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        try:
+            connection.sendall(b"GET /health HTTP/1.0\\r\\n\\r\\n")
+            return bool(connection.recv(1))
+        except ConnectionError:
+            return False
+print(json.dumps([place for place in json.loads(sys.argv[1]) if answers(place)]))
+"""
 SOCKETS = r"""
 import glob, json, os, re, sys
 own = int(sys.argv[1])
@@ -169,6 +182,16 @@ def test_nobody_takes_the_id_or_the_prefix_of_another_s_cluster(both: Both) -> N
     assert (status, answer["error"]["kind"]) == (409, "conflict"), answer
     assert "is in use by another cluster at this site" in answer["error"]["message"]
     assert both.ask("ecmwf", "GET", f"/v1/clusters/{theirs['cluster_id']}", user="mesh")[1]["epoch"] == theirs["epoch"]
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_a_scheduler_s_ports_answer_to_its_owner_and_root_alone(both: Both, user: str) -> None:
+    boot = both.boots[user]
+    places = [boot.address.removeprefix("tcp://"), boot.wait_for("dashboard at http://").split("/")[-2]]
+    answers = {
+        who: json.loads(both.bench.python(KNOCK, json.dumps(places), user=who)) for who in (user, OTHER[user], "root")
+    }
+    assert answers == {user: places, OTHER[user]: [], "root": places}
 
 
 @pytest.mark.parametrize("host", HOSTS)
