@@ -85,7 +85,7 @@ class Way:
 
         with self._local_client():
             yield work
-        shutil.rmtree(top)  # it lies in memory
+        shutil.rmtree(top, ignore_errors=True)  # it lies in memory
 
     @contextmanager
     def one_stock_cluster(self) -> Iterator[Work]:
