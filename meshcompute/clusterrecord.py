@@ -111,8 +111,13 @@ def remember(record: ClusterRecord) -> None:
     """
     records()  # sweeps what others have left
     path = record_folder() / f"{record.name}.json"
+    text = record.model_dump_json()
+    with contextlib.suppress(OSError):  # it is not there yet, or not any more
+        if path.read_text() == text:
+            os.utime(path)
+            return
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(record.model_dump_json())
+    new.write_text(text)
     new.replace(path)
 
 
@@ -147,7 +152,8 @@ def records() -> list[ClusterRecord]:
                 found.append(record)
             else:
                 path.unlink()
-    for path in folder.glob("*.log"):  # of clusters in the background
+    # Logs of clusters in the background, and records that were half written.
+    for path in (*folder.glob("*.log"), *folder.glob(".*.json.*")):
         with contextlib.suppress(OSError):
             if not path.with_suffix(".json").exists() and _age_seconds(path) > LOG_REMEMBERED_SECONDS:
                 path.unlink()
