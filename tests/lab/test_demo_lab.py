@@ -123,6 +123,15 @@ def test_ctrl_c_half_way_ends_the_lab_as_well(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_plain_demo_runs_without_root_and_its_sites_are_isolated_all_the_same(lab: RunningLab) -> None:
+    demo = (*COMMAND, "demo", "--reference", "--scale", "0.02", "--workers", "1", "--output", "/home/mesh/map.png")
+    said = lab.run("client", *demo, user="mesh", timeout=110).stdout
+    assert "ready: 2 workers" in said
+    assert "FileNotFoundError: " in said  # user namespaces hide the other site's folder
+    assert "equal: the largest difference" in said
+    assert not lab.run("client", "pgrep", "-u", "mesh", check=False).stdout
+
+
 def test_without_root_one_sentence_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("meshcompute.lab.starting.os.geteuid", lambda: 1000)
     shown = CliRunner().invoke(mesh, ["demo", "--lab", "--output", str(tmp_path / "map.png")])
