@@ -81,11 +81,13 @@ class SiteDaemon:
         )
         self.config.write_text(head + toml)
         self.options = options
+        self.program = ["-m", "controlplane"]
+        self.health = "/v1/health"
         self.process = None
         self.log = self.folder / "log"
 
     def command(self, *arguments):
-        return [sys.executable, "-m", "controlplane", *arguments]
+        return [sys.executable, *self.program, *arguments]
 
     def start(self):
         with self.log.open("ab") as log:
@@ -101,7 +103,7 @@ class SiteDaemon:
     def answers(self):
         assert self.process.poll() is None, self.log.read_text()
         try:
-            return self.request("GET", "/v1/health").status == 200
+            return self.request("GET", self.health).status == 200
         except OSError:
             return False
         except Exception as exc:
@@ -167,16 +169,14 @@ class SiteDaemon:
         shutil.rmtree(self.folder)
 
 
-class TcpDoor:
-    """The daemon's socket at a port of 127.0.0.1, for clients that know no unix sockets. For tests only."""
+class _Door:
+    """Passes bytes between a listener's clients and the daemon's socket, until one side is done; then both are."""
 
-    def __init__(self, path):
-        self.path = path
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
-        self.thread = threading.Thread(target=self._serve)
-        self.threads = [self.thread]
-        self.thread.start()
+    def __init__(self, path, listener):
+        self.target = path
+        self.listener = listener
+        self.threads = [threading.Thread(target=self._serve)]
+        self.threads[0].start()
 
     def _serve(self):
         while True:
@@ -188,23 +188,59 @@ class TcpDoor:
             self.threads[-1].start()
 
     def _pass(self, client):
-        """Pass bytes until one side is done; then both are."""
         with client, socket.socket(socket.AF_UNIX) as server, contextlib.suppress(OSError):
-            server.connect(self.path)
+            server.connect(self.target)
             other = {client: server, server: client}
             while True:
                 for source in select.select([client, server], [], [], 30)[0]:
                     chunk = source.recv(1 << 16)
-                    if not chunk:
+                    if not chunk or (source is client and not self.lets_pass(chunk)):
                         return
                     other[source].sendall(chunk)
+
+    def lets_pass(self, chunk):
+        return True
 
     def close(self):
         with contextlib.suppress(OSError):
             self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
         for thread in self.threads:
-            thread.join(30)
+            thread.join(40)
 
 
-__all__ = ["Answer", "SiteDaemon", "TcpDoor", "acting_as", "new_id", "wait"]
+class TcpDoor(_Door):
+    """The daemon's socket at a port of 127.0.0.1, for clients that know no unix sockets. For tests only."""
+
+    def __init__(self, path):
+        super().__init__(path, socket.create_server(("127.0.0.1", 0)))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+
+class BreakingDoor(_Door):
+    """A unix socket in front of the daemon's that can close connections instead of passing a request on."""
+
+    def __init__(self, target, path):
+        self.path = path
+        self.break_next = 0  # so many requests from now on get no answer; questions after its health always do
+        self.n_requests = 0
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.listen(64)
+        super().__init__(target, listener)
+
+    def lets_pass(self, chunk):
+        if b" HTTP/1.1\r\n" not in chunk or b" /v1/health " in chunk:
+            return True
+        self.n_requests += 1
+        if self.break_next == 0:
+            return True
+        self.break_next -= 1
+        return False
+
+    def close(self):
+        super().close()
+        self.path.unlink()
+
+
+__all__ = ["Answer", "BreakingDoor", "SiteDaemon", "TcpDoor", "acting_as", "new_id", "wait"]

@@ -64,7 +64,7 @@ def real_daemon():
 @pytest.fixture
 def daemon(real_daemon, tmp_path):
     """The socket of a daemon that all tests of this file share; of each test's clusters nothing may be left."""
-    door = BreakingDoor(real_daemon, tmp_path / "site.sock")
+    door = BreakingDoor(real_daemon.socket, tmp_path / "site.sock")
     yield door
     door.close()
     for cluster in real_daemon.request("GET", "/v1/clusters").json:
