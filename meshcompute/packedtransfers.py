@@ -40,6 +40,7 @@ from meshcompute.packing import (
     WIRE_NAME,
     Chooser,
     Links,
+    Transfer,
     Trial,
     codecs_here,
     is_worth_a_sample,
@@ -181,8 +182,8 @@ class PackingComm:
         self._comm = comm
         self._packer = packer
         self._link, self._codecs = link
-        self._wire_nbytes = 0
-        self._began = 0.0
+        self._plain_nbytes = self._written_nbytes = 0
+        self._packing_seconds = self._began = 0.0
         self._round_trip = _round_trip_seconds(comm)
 
     def __getattr__(self, name: str) -> Any:
@@ -190,19 +191,24 @@ class PackingComm:
 
     async def write(self, msg: Any, serializers: Any = None, on_error: str = "message") -> Any:
         """Write a message; values in it are packed."""
+        self._plain_nbytes = sum(self._packer.sizes(msg).values())
+        began = perf_counter()
         rate = self._packer.rate(self._link, self._round_trip, is_near=self._comm.same_host)
-        msg = await self._packer.packed(
+        packed = await self._packer.packed(
             self._comm, msg, serializers=serializers, on_error=on_error, codecs=self._codecs, rate=rate
         )
         self._began = perf_counter()
-        self._wire_nbytes = await self._comm.write(msg, serializers=serializers, on_error=on_error)
-        return self._wire_nbytes
+        self._packing_seconds = self._began - began if packed is not msg else 0.0
+        self._written_nbytes = await self._comm.write(packed, serializers=serializers, on_error=on_error)
+        return self._written_nbytes
 
     async def read(self, deserializers: Any = None) -> Any:
         """Read the other side's word that it has everything."""
         answer = await self._comm.read(deserializers=deserializers)
-        seconds = perf_counter() - self._began - (self._round_trip or 0.0)
-        self._packer.links.note(self._link, self._wire_nbytes, seconds)
+        now = perf_counter()
+        sending_seconds = now - self._began - (self._round_trip or 0.0)
+        transfer = Transfer(self._plain_nbytes, self._written_nbytes, self._packing_seconds, sending_seconds)
+        self._packer.links.note(self._link, transfer, now)
         return answer
 
 
@@ -230,7 +236,11 @@ class Packer:
         """Say for which speed of a link to decide, in bytes per second; 0 where a codec is given by the setting."""
         if self.mode != AUTO:
             return 0.0
-        return float("inf") if is_near else self.links.bytes_per_second(link, round_trip_seconds)
+        return float("inf") if is_near else self.links.bytes_per_second(link, round_trip_seconds, perf_counter())
+
+    def sizes(self, msg: Any) -> dict[Any, int]:
+        """Tell the sizes of the values in an answer, in bytes by key."""
+        return {key: self.worker.state.tasks[key].nbytes or 0 for key in msg.get("data", ())}
 
     async def packed(
         self, comm: Any, msg: Any, *, serializers: Any, on_error: str, codecs: tuple[str, ...], rate: float
@@ -251,7 +261,7 @@ class Packer:
             Speed of the link in bytes per second.
         """
         usable = [name for name in self.codecs if name in codecs and self.mode in (AUTO, name)]
-        sizes = {key: self.worker.state.tasks[key].nbytes or 0 for key in msg.get("data", ())}
+        sizes = self.sizes(msg)
         large = {key: value for key, value in msg.get("data", {}).items() if sizes[key] >= MIN_NBYTES}
         if not usable or not is_worth_a_sample(sum(sizes[key] for key in large), rate):
             return msg

@@ -43,6 +43,7 @@ __all__ = [
     "WIRE_NAME",
     "Chooser",
     "Links",
+    "Transfer",
     "Trial",
     "choose",
     "codecs_here",
@@ -77,6 +78,7 @@ _UNMEASURED_BYTES_PER_SECOND = 25e6
 _FAR_SECONDS = 0.001  # round trip: a shorter one is a machine or a room, and fast until measured
 _MEASURED_FROM_NBYTES = 256 * 1024  # less tells of round trips, not of bandwidth
 _MEASUREMENTS = 8  # the fastest of so many decides
+_FRESH_SECONDS = 60.0  # what is older says nothing: links and machines change
 _WORTH_A_SAMPLE_SECONDS = 0.005  # a sample costs 1-2 ms
 
 
@@ -104,6 +106,27 @@ class Trial(NamedTuple):
     seconds_per_byte: float
 
 
+class Transfer(NamedTuple):
+    """One answer of a worker.
+
+    Attributes
+    ----------
+    plain_nbytes
+        Size of the values.
+    written_nbytes
+        Bytes written.
+    packing_seconds
+        Spent on packing; 0 for a plain one.
+    sending_seconds
+        From writing the first byte to the receiver's word that it has the last, less one round trip.
+    """
+
+    plain_nbytes: int
+    written_nbytes: int
+    packing_seconds: float
+    sending_seconds: float
+
+
 def mode_of(value: Any) -> str:
     """Read the setting ``meshcompute.compression``.
 
@@ -129,27 +152,38 @@ def mode_of(value: Any) -> str:
 
 
 class Links:
-    """How fast the links from one worker have been."""
+    """How fast the links from one worker have been in the last minute."""
 
     def __init__(self) -> None:
-        self._rates: dict[str, deque[float]] = {}
+        # Of recent transfers: when, bytes written and plain bytes per second; of those that were packed, and not.
+        self._transfers: dict[tuple[str, bool], deque[tuple[float, float, float]]] = {}
 
-    def note(self, link: str, nbytes: int, seconds: float) -> None:
+    def note(self, link: str, transfer: Transfer, now_seconds: float) -> None:
         """Learn from a transfer.
 
         Parameters
         ----------
         link
             Where it went.
-        nbytes
-            Bytes written.
-        seconds
-            From writing the first byte to the receiver's word that it has the last, less one round trip.
+        transfer
+            What it was; small ones tell of round trips, and are left out.
+        now_seconds
+            The time, by any clock that does not jump.
         """
-        if nbytes >= _MEASURED_FROM_NBYTES and seconds > 0:
-            self._rates.setdefault(link, deque(maxlen=_MEASUREMENTS)).append(nbytes / seconds)
+        if transfer.plain_nbytes < _MEASURED_FROM_NBYTES or transfer.sending_seconds <= 0:
+            return
+        # What a trial has left plain was sent plain.
+        is_packed = transfer.packing_seconds > 0 and transfer.written_nbytes <= (1 - MIN_SAVED) * transfer.plain_nbytes
+        known = self._transfers.setdefault((link, is_packed), deque(maxlen=_MEASUREMENTS))
+        written = transfer.written_nbytes / transfer.sending_seconds
+        plain = transfer.plain_nbytes / (transfer.packing_seconds + transfer.sending_seconds)
+        known.append((now_seconds, written, plain))
 
-    def bytes_per_second(self, link: str, round_trip_seconds: float | None) -> float:
+    def _recent(self, link: str, is_packed: bool, now_seconds: float) -> list[tuple[float, float, float]]:
+        known = self._transfers.get((link, is_packed), ())
+        return [entry for entry in known if entry[0] >= now_seconds - _FRESH_SECONDS]
+
+    def bytes_per_second(self, link: str, round_trip_seconds: float | None, now_seconds: float) -> float:
         """Say how fast a link may be.
 
         Parameters
@@ -158,15 +192,21 @@ class Links:
             Where a value is to go.
         round_trip_seconds
             The connection's shortest; None if unknown.
+        now_seconds
+            The time, by the clock of :meth:`note`.
 
         Returns
         -------
         float
-            The fastest of the last measurements; without any, a modest speed for a link between sites, and no limit
-            where both ends seem to be in one place: there the first value goes plain, and is measured.
+            The fastest recent transfer. Without any, a modest speed for a link between sites, and no limit where both
+            ends seem to be in one place: there the first value goes plain, and is measured. No limit, too, where values
+            that went plain were there sooner than packed ones: on a machine that is short of CPU no forecast holds.
         """
-        if rates := self._rates.get(link):
-            return max(rates)
+        plain, packed = (self._recent(link, is_packed, now_seconds) for is_packed in (False, True))
+        if plain and packed and max(entry[2] for entry in plain) > max(entry[2] for entry in packed):
+            return inf
+        if plain or packed:
+            return max(entry[1] for entry in (*plain, *packed))
         is_far = round_trip_seconds is not None and round_trip_seconds >= _FAR_SECONDS
         return _UNMEASURED_BYTES_PER_SECOND if is_far else inf
 

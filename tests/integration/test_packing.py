@@ -18,6 +18,7 @@ import pytest
 from distributed import Client, wait, worker_client
 
 from meshcompute import explain, measure_traffic, pool, propagate_pools
+from meshcompute.clients import ensure_guard
 
 NBYTES = 960 * 1280 * 4
 
@@ -58,9 +59,9 @@ def compression(client: Client, mode: str) -> Iterator[None]:
         )
 
     with dask.config.set({"meshcompute.compression": mode}):
-        with propagate_pools():
-            until(lambda: modes() == {mode}, "the workers know the setting")
-            until(lambda: all(announcements(client)) == (mode != "off"), "everybody says what it can unpack")
+        ensure_guard(client)  # as propagate_pools() does with the default client
+        until(lambda: modes() == {mode}, "the workers know the setting")
+        until(lambda: all(announcements(client)) == (mode != "off"), "everybody says what it can unpack")
         yield
 
 

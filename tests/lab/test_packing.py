@@ -1,4 +1,4 @@
-"""Over a WAN, values between sites are packed without anybody having asked for it, and are there sooner."""
+"""Over a WAN, values between sites are packed, without anybody having named a codec, and are there sooner."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def field(seed):
     return (280 + 10 * waves + random.normal(0, 0.1, (960, 1280))).round(1).astype("f4")
 
 def main(mode):
-    dask.config.set({} if mode == "auto" else {"meshcompute.compression": mode})
+    dask.config.set({"meshcompute.compression": mode})
     with Client("tcp://10.8.0.3:8786") as client:
         client.wait_for_workers(2, timeout=90)
         propagate_pools()

@@ -18,7 +18,7 @@ from distributed.protocol.serialize import Serialize, Serialized, serialize_and_
 
 from meshcompute import packing
 from meshcompute.packedtransfers import announce, link_to, pack_frames, prepare_unpacking, withdraw
-from meshcompute.packing import AUTO, MIN_NBYTES, OFF, WIRE_NAME, Chooser, Links, Trial, choose, mode_of
+from meshcompute.packing import AUTO, MIN_NBYTES, OFF, WIRE_NAME, Chooser, Links, Transfer, Trial, choose, mode_of
 from meshcompute.schedulerpacking import _is_packed, _unpack_all
 
 MB = 1e6
@@ -59,26 +59,52 @@ def test_what_does_not_get_smaller_goes_plain_however_slow_the_link() -> None:
     assert choose([], SLOW_LINK) is None
 
 
+def sent(seconds: float, nbytes: int = 4_000_000, *, written: int = 0, packing: float = 0.0) -> Transfer:
+    return Transfer(nbytes, written or nbytes, packing, seconds)
+
+
 def test_a_link_is_as_fast_as_its_fastest_recent_transfer() -> None:
     links = Links()
     for seconds in (2.0, 1.0, 4.0):
-        links.note("b", 4_000_000, seconds)
-    assert links.bytes_per_second("b", None) == 4 * MB
+        links.note("b", sent(seconds), 0.0)
+    assert links.bytes_per_second("b", None, 1.0) == 4 * MB
+    assert links.bytes_per_second("c", None, 1.0) == float("inf")
     for _ in range(8):
-        links.note("b", 4_000_000, 4.0)
-    assert links.bytes_per_second("b", None) == 1 * MB
-    assert links.bytes_per_second("c", None) == float("inf")
+        links.note("b", sent(4.0), 2.0)
+    assert links.bytes_per_second("b", None, 3.0) == 1 * MB
+    links.note("b", sent(1.0, written=1_000_000, packing=0.01), 4.0)
+    assert links.bytes_per_second("b", None, 5.0) == 1 * MB
+
+
+def test_what_was_measured_long_ago_is_forgotten() -> None:
+    links = Links()
+    links.note("b", sent(4.0), 0.0)
+    assert links.bytes_per_second("b", None, 60.0) == 1 * MB
+    assert links.bytes_per_second("b", None, 61.0) == float("inf")
 
 
 def test_small_transfers_say_nothing_about_a_link() -> None:
     links = Links()
-    links.note("b", 10_000, 1.0)
-    assert links.bytes_per_second("b", None) == float("inf")
+    links.note("b", sent(1.0, 10_000), 0.0)
+    assert links.bytes_per_second("b", None, 0.0) == float("inf")
+
+
+def test_where_plain_values_were_there_sooner_than_packed_ones_values_go_plain_for_a_while() -> None:
+    links = Links()
+    links.note("b", sent(1.0), 0.0)
+    links.note("b", sent(0.5, written=1_000_000, packing=1.0), 10.0)
+    assert choose([ZSTD, LZ4], links.bytes_per_second("b", 0.02, 11.0)) is None
+    links.note("b", sent(4.0), 30.0)
+    assert choose([ZSTD, LZ4], links.bytes_per_second("b", 0.02, 61.0)) is ZSTD
+    links.note("b", sent(4.1, packing=0.1), 61.0)  # noise: tried, and sent plain
+    assert choose([ZSTD, LZ4], links.bytes_per_second("b", 0.02, 61.0)) is ZSTD
+    links.note("b", sent(0.1, written=1_000_000, packing=0.1), 62.0)
+    assert choose([ZSTD, LZ4], links.bytes_per_second("b", 0.02, 63.0)) is not None
 
 
 def test_before_it_is_measured_a_far_link_is_taken_for_modest_and_a_near_one_for_fast() -> None:
-    assert choose([ZSTD, LZ4], Links().bytes_per_second("b", 0.020)) is ZSTD
-    assert choose([ZSTD, LZ4], Links().bytes_per_second("b", 0.0001)) is None
+    assert choose([ZSTD, LZ4], Links().bytes_per_second("b", 0.020, 0.0)) is ZSTD
+    assert choose([ZSTD, LZ4], Links().bytes_per_second("b", 0.0001, 0.0)) is None
 
 
 def test_small_values_and_fast_links_are_not_worth_a_sample() -> None:
@@ -305,7 +331,7 @@ def test_the_trials_of_a_frame_know_its_elements() -> None:
 
 
 def test_many_small_frames_share_a_trial_and_a_large_one_has_its_own() -> None:
-    chooser = Chooser(["zstd"], SLOW_LINK)
+    chooser = Chooser(["zstd"], 0.0)
     assert chooser.choose(smooth((100, 200)).ravel().data) is not None
     small = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype="u4")
     assert chooser.choose(small.data) is not None  # packing it will show that it does not get smaller
