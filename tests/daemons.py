@@ -52,7 +52,7 @@ class Daemons:
     def __enter__(self) -> Self:
         for pool in self.pools:
             self.start(pool)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         for pool in self.pools:
             while not Path(self.socket(pool)).exists():
                 assert self._processes[pool].poll() is None, f"the daemon of {pool} ended: {self.log(pool)}"
