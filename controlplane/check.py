@@ -63,7 +63,8 @@ async def observe_host(config: SiteConfig) -> HostFacts:
     version, engine_problem, missing = None, "", frozenset[str]()
     if config.runtime == "docker":
         version, engine_problem, missing = _engine(config)
-    sshd_options, sshd_problem = await _sshd()
+    sshd_user = _some_user(config)
+    sshd_options, sshd_problem = await _sshd(sshd_user)
     users = {user for user in config.access.users if user != EVERYBODY} | ({config.workers.user} - {""})
     groups = set(config.access.groups) | ({config.access.operators_group} - {""})
     first, last = config.network_options.udp_ports
@@ -86,6 +87,7 @@ async def observe_host(config: SiteConfig) -> HostFacts:
         unresolved_endpoints=tuple(host for host in config.network_options.endpoints if not _resolves(host)),
         sshd_options=sshd_options,
         sshd_problem=sshd_problem,
+        sshd_user=sshd_user,
         has_systemd=_has_systemd(),
         unit_state=await _unit_state(),
         unknown_users=tuple(sorted(user for user in users if not _has_account(user))),
@@ -181,12 +183,20 @@ def _has_image(path: str, image: str) -> bool:
     return "Id" in _ask_engine(path, f"/images/{quote(image)}/json")
 
 
-async def _sshd() -> tuple[dict[str, str] | None, str]:
+def _some_user(config: SiteConfig) -> str:
+    """One of those who may use the site, for whom sshd may have settings of their own; none if nobody is named."""
+    named = [user for user in config.access.users if user not in (EVERYBODY, "root") and _has_account(user)]
+    members = [user for group in config.access.groups if _has_group(group) for user in grp.getgrnam(group).gr_mem]
+    return next(iter([*named, *members]), "")
+
+
+async def _sshd(user: str) -> tuple[dict[str, str] | None, str]:
     program = shutil.which("sshd", path=PATH_OF_LOGINS)
     if program is None:
         return None, "is not installed"
+    as_user = ["-C", f"user={user},host=localhost,addr=127.0.0.1"] if user else []  # Match blocks count, too
     try:
-        output = await run([program, "-T"])
+        output = await run([program, "-T", *as_user])
     except SiteError:
         return None, "its settings can be read by root only, or are wrong (sshd -T)"
     pairs = (line.split(maxsplit=1) for line in output.stdout.splitlines() if " " in line)

@@ -35,7 +35,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostFacts:
-    """What was found. Problems are sentences; an empty one, or None where the question does not arise, is none."""
+    """What was found. Problems are sentences; an empty one, or None where the question does not arise, is none.
+
+    ``sshd_options`` are those that hold for ``sshd_user``, one of the site's, as far as there is one by name.
+    """
 
     is_root: bool
     programs: frozenset[str]
@@ -52,6 +55,7 @@ class HostFacts:
     unresolved_endpoints: tuple[str, ...] = ()
     sshd_options: Mapping[str, str] | None = None
     sshd_problem: str = ""
+    sshd_user: str = ""
     has_systemd: bool = False
     unit_state: str = ""
     unknown_users: tuple[str, ...] = ()
@@ -314,10 +318,11 @@ def _ssh(config: SiteConfig, facts: HostFacts) -> Iterator[Finding]:
     allowed = options.get("allowstreamlocalforwarding", "yes")
     if is_off or allowed not in {"yes", "all", "local"}:
         key = "DisableForwarding yes" if is_off else f"AllowStreamLocalForwarding {allowed}"
+        whom = f" for {facts.sshd_user}" if facts.sshd_user else ""
         yield Finding(
             level="note",
             subject="sshd",
-            message=f"{key} forbids forwarding; clients talk through meshcompute-site connect, which is slower",
+            message=f"{key} forbids forwarding{whom}; clients talk through meshcompute-site connect, which is slower",
             cure="set DisableForwarding no and AllowStreamLocalForwarding local in sshd_config, at least for the users "
             "of this site (Match Group ...), and systemctl reload ssh",
         )
