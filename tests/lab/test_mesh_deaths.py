@@ -16,6 +16,8 @@ from collections.abc import Callable
 import pytest
 from labbench import HOSTS, SITES, TOP, Boot, LabBench
 
+pytestmark = pytest.mark.timeout(300)  # a few boots, and waits that are the point, on a busy machine
+
 LEASE_SECONDS = 8
 GONE_SECONDS = LEASE_SECONDS + 25  # what is late then is not late because the machine is slow
 SMALL = ("--lease", str(LEASE_SECONDS), "--processes", "1")

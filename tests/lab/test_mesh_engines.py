@@ -11,6 +11,8 @@ import pytest
 from labbench import LabBench, open_lab_bench
 from labwork import names, working
 
+pytestmark = pytest.mark.timeout(300)  # a few boots, and waits that are the point, on a busy machine
+
 HOST = "ecmwf"
 SITE = "mesh@10.8.0.4"
 LEASE_SECONDS = 60

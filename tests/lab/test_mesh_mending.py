@@ -13,6 +13,8 @@ import pytest
 from labbench import Boot, LabBench
 from labwork import Work, names, working
 
+pytestmark = pytest.mark.timeout(300)  # a few boots, and waits that are the point, on a busy machine
+
 DAEMON = "/etc/meshcompute/site.toml"
 KEEPER = "meshcompute-gateway/"
 WIREGUARD = "wireguard-go"

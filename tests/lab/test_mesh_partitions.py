@@ -8,6 +8,8 @@ import pytest
 from labbench import SITES, LabBench
 from labwork import names, working
 
+pytestmark = pytest.mark.timeout(300)  # a few boots, and waits that are the point, on a busy machine
+
 LEASE_SECONDS = 10
 SSHD_SECONDS = 90.0  # sshd takes 30 s to see that a session was cut off, as the lab has it
 
