@@ -14,6 +14,9 @@ from click.testing import CliRunner
 
 from meshcompute.cli import mesh
 
+# A demo starts a dozen processes: alone it takes half a minute, on a busy machine several.
+pytestmark = pytest.mark.timeout(300)
+
 SITES = [
     "ecmwf-1-0",
     "ecmwf-1-1",
@@ -45,7 +48,7 @@ def running(*arguments, cwd, **environment):
 
 def run(*arguments, cwd, **environment):
     with running(*arguments, cwd=cwd, **environment) as process:
-        output, errors = process.communicate(timeout=100)
+        output, errors = process.communicate(timeout=280)
     return process.returncode, output, errors
 
 
