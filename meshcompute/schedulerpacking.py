@@ -35,7 +35,7 @@ class _State:
 
     def __init__(self) -> None:
         self.wanted: str | None = None
-        self.present: str | None = None
+        self.present: str | None = OFF  # workers have no plugin; None: they were told in part
         self.lock = asyncio.Lock()
         self.gather: Any = None
 
@@ -76,7 +76,8 @@ async def _apply(scheduler: Any, state: _State) -> None:
                 await _accept(scheduler, state)
             state.present = mode
         except Exception:
-            logger.exception("Values between sites are not packed: the workers could not be told. mode=%s", mode)
+            logger.exception("Not all workers could be told how to pack values. compression=%s", mode)
+            state.wanted = state.present = None  # the next graph tries again
 
 
 def _by_value(plugin: PackingPlugin) -> bytes:
