@@ -356,8 +356,10 @@ class MeshCluster(Cluster):
                 task.cancel()
         if self._setting is not None:
             self._setting.__exit__(None, None, None)
-        with contextlib.suppress(OSError):  # the scheduler may be gone already
+        try:
             await super()._close()
+        except Exception as exc:  # its scheduler may be gone: whatever that does to Dask, the sites are taken down
+            logger.debug("Dask's part did not close in order", exc_info=exc)
         self.status = Status.closing  # Dask's part is; the sites are not yet
         if not self._owns:
             await self.mesh.disconnect()
@@ -376,9 +378,11 @@ class MeshCluster(Cluster):
         timeout
             How long to wait for it, in seconds.
         """
-        if self.status == Status.closed:
+        if self._ending is not None and self._ending.done():  # Dask's status says "closed" when only its own part is
+            self._ending.result()
             return NoOpAwaitable() if self.asynchronous else None
-        result = super().close(REMOVE_ALL_SECONDS if timeout is None else timeout)
+        # Not Dask's own method, which takes every RuntimeError for the end of the loop, and says nothing.
+        result = self.sync(self._close, callback_timeout=REMOVE_ALL_SECONDS if timeout is None else timeout)
         if not self.asynchronous:
             self._loop_runner.stop()
         return result

@@ -436,14 +436,17 @@ class SiteControl:
                 await self._disconnect()
 
     async def _disconnect(self) -> None:
-        if self._client is not None:
-            await self._client.__aexit__(None, None, None)
-        if self._transport is not None:
-            await self._transport.stop()
-        if self._path is not None:
-            with contextlib.suppress(OSError):  # the tunnel's guard may have been first
-                self._path.parent.rmdir()
-        self._client = self._transport = self._path = None
+        client, transport, path = self._client, self._transport, self._path
+        self._client = self._transport = self._path = None  # at once: who is cancelled below leaves nothing half closed
+        try:
+            if client is not None:
+                await client.__aexit__(None, None, None)
+        finally:
+            if transport is not None:
+                await transport.stop()
+            if path is not None:
+                with contextlib.suppress(OSError):  # the tunnel's guard may have been first
+                    path.parent.rmdir()
 
     def _unreachable(self, exc: BaseException) -> SiteUnreachableError:
         site = str(self.address)

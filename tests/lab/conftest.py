@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from labbench import LabBench, open_lab_bench
+from labbench import HOSTS, LabBench, open_lab_bench
 
 from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.running import RunningLab
@@ -83,24 +83,63 @@ def can_have_mesh(can_have_lab: None, can_have_engine: None, need: Callable[...,
     need("the image of workers", archive and Path(archive).exists(), cure)
 
 
+class _SharedLab:
+    """The lab that tests share; one that a failed test has spoilt ends, and the next test gets a new one."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._bench: LabBench | None = None
+
+    def get(self) -> LabBench:
+        if self._bench is None:
+            self._bench = self._stack.enter_context(open_lab_bench())
+        return self._bench
+
+    def end(self) -> None:
+        self._bench = None
+        self._stack.close()
+
+
 @pytest.fixture(scope="session")
-def _mesh_lab(can_have_mesh: None) -> Iterator[LabBench]:
-    with open_lab_bench() as bench:
-        yield bench
+def _shared_mesh_lab(can_have_mesh: None) -> Iterator[_SharedLab]:
+    shared = _SharedLab()
+    yield shared
+    shared.end()
+
+
+@pytest.fixture(scope="module")
+def mesh_lab(_shared_mesh_lab: _SharedLab) -> Iterator[LabBench]:
+    """The shared lab for a cluster that the tests of a file share; that file compares before and after by itself."""
+    bench = _shared_mesh_lab.get()
+    before = bench.observe()
+    yield bench
+    is_well = False
+    with suppress(AssertionError):  # the file itself has failed then
+        bench.wait_as(before)
+        is_well = all(map(bench.answers, HOSTS))
+    if not is_well:
+        _shared_mesh_lab.end()
 
 
 @pytest.fixture
-def bench(_mesh_lab: LabBench) -> Iterator[LabBench]:
+def bench(_shared_mesh_lab: _SharedLab) -> Iterator[LabBench]:
     """A lab with engines, daemons and the image, shared by the run: after each test every host must look as before.
 
     Whoever ends a host's services puts them back, or opens a lab of its own (``open_lab_bench``).
     """
-    before = _mesh_lab.observe()
-    yield _mesh_lab
-    _mesh_lab.close()
-    _mesh_lab.lab.join()
-    _mesh_lab.lab.shape(rate_bits_per_second=None, delay_seconds=0.0, loss=0.0)
-    _mesh_lab.wait_as(before)
+    bench = _shared_mesh_lab.get()
+    before = bench.observe()
+    yield bench
+    is_well = False
+    try:
+        bench.close()
+        bench.lab.join()
+        bench.lab.shape(rate_bits_per_second=None, delay_seconds=0.0, loss=0.0)
+        bench.wait_as(before)
+        is_well = all(map(bench.answers, HOSTS))
+    finally:
+        if not is_well:
+            _shared_mesh_lab.end()
 
 
 @pytest.fixture

@@ -41,14 +41,14 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster(_mesh_lab: LabBench) -> Iterator[Cluster]:
+def cluster(mesh_lab: LabBench) -> Iterator[Cluster]:
     """A cluster of two workers at each site; when it is stopped, every host must look as before."""
-    before = _mesh_lab.observe()
-    with _mesh_lab.booted("--processes", "2") as boot:
-        yield Cluster(bench=_mesh_lab, boot=boot)
+    before = mesh_lab.observe()
+    with mesh_lab.booted("--processes", "2") as boot:
+        yield Cluster(bench=mesh_lab, boot=boot)
         assert boot.stop() == 0, boot.said
         assert "everything is taken down" in boot.said
-    _mesh_lab.wait_as(before)
+    mesh_lab.wait_as(before)
 
 
 @pytest.fixture

@@ -189,9 +189,9 @@ def data_of_people(bench: LabBench) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def clusters(_mesh_lab: LabBench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
+def clusters(mesh_lab: LabBench, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clusters]:
     """Have the clusters of two people at once; afterwards, every host looks as before."""
-    bench = _mesh_lab
+    bench = mesh_lab
     before = bench.observe()
     capture = tmp_path_factory.mktemp("wan") / "wan.pcap"
     with talkative_daemons(bench), data_of_people(bench):

@@ -103,9 +103,9 @@ class Both:
 
 
 @pytest.fixture(scope="module")
-def both(_mesh_lab: LabBench) -> Iterator[Both]:
+def both(mesh_lab: LabBench) -> Iterator[Both]:
     """Have clusters of both people, whose boots run at the same time; afterwards, every host looks as before."""
-    bench = _mesh_lab
+    bench = mesh_lab
     before = bench.observe()
     boots = {}
     try:
