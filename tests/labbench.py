@@ -223,11 +223,11 @@ class LabBench:
         """Start a host's daemon again, which must have ended, with these options; returns when it answers."""
         start = 'rm -f /run/lab.site.ended; setsid sh /etc/lab/site "$@" </dev/null >/dev/null 2>&1 &'
         self.lab.run(host, "sh", "-c", start, "sh", *options)
-        self.wait_until(
-            lambda: self.lab.run(host, "meshcompute-site", "ping", check=False).returncode == 0,
-            f"{host}'s daemon answers",
-            READY_SECONDS,
-        )
+        self.wait_until(lambda: self.answers(host), f"{host}'s daemon answers", READY_SECONDS)
+
+    def answers(self, host: str) -> bool:
+        """Tell whether a host's daemon is healthy."""
+        return self.lab.run(host, "meshcompute-site", "ping", check=False).returncode == 0
 
     def close(self) -> None:
         """End what tests have left."""
@@ -269,10 +269,7 @@ def open_lab_bench(**options: Any) -> Iterator[LabBench]:
             bench.wait_until(
                 lambda host=host: (
                     running.run(host.name, "docker", "image", "inspect", IMAGE, check=False).returncode == 0
-                    and (
-                        host.has_systemd
-                        or running.run(host.name, "meshcompute-site", "ping", check=False).returncode == 0
-                    )
+                    and (host.has_systemd or bench.answers(host.name))
                 ),
                 f"{host.name} has an engine with the image, and a daemon unless it is to be installed",
             )
