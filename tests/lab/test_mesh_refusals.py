@@ -209,9 +209,10 @@ def test_a_host_without_a_daemon_or_with_another_version_of_it_is_told_from_one_
             own_lab.lab.run("ecmwf", "mv", f"{COMMAND}.aside", COMMAND)
         with own_lab.lab.popen("ecmwf", sys.executable, "-c", OTHER_VERSION, stderr=subprocess.DEVNULL) as other:
             try:
+                connect = "import socket; socket.socket(socket.AF_UNIX).connect('/run/meshcompute/site.sock')"
                 own_lab.wait_until(
-                    lambda: "'conditions'" in own_lab.lab.run("ecmwf", "meshcompute-site", "ping", check=False).stderr,
-                    "the other daemon answers",
+                    lambda: own_lab.lab.run("ecmwf", sys.executable, "-c", connect, check=False).returncode == 0,
+                    "the other daemon listens",
                 )
                 refuse(
                     ECMWF, EUMETSAT, sentence=f"Site {ECMWF}: .* does not know version 1 of the protocol, .* same .*"
