@@ -211,8 +211,8 @@ class LabBench:
         self.lab.run(host, "kill", f"-{signum:d}", *map(str, pids))
 
     def containers(self, host: str, *, every: bool = True) -> list[str]:
-        """Names of the containers that a host's engine has."""
-        options = ["--all"] if every else []
+        """Names of the containers of clusters that a host's engine has."""
+        options = ["--filter", "label=meshcompute.cluster", *(["--all"] if every else [])]
         return sorted(self.lab.run(host, "docker", "ps", *options, "--format", "{{.Names}}").stdout.split())
 
     def log(self, host: str, service: str = "site") -> str:

@@ -70,6 +70,9 @@ with Client(sys.argv[1], timeout="60s") as client:
 """
 
 
+CLUSTER = "meshcompute.cluster"  # the label of containers that belong to one
+
+
 class Host:
     """The operator's host: what is done and seen there.
 
@@ -115,7 +118,8 @@ class Host:
             "keeper": keeper,
             "wireguard": self.bench.pids(SITE, "wireguard-go"),
             "key": self.run(*enter, "wg", "show", "all", "public-key").stdout,
-            "containers": self.run("docker", "ps", "--no-trunc", "--quiet").stdout,
+            # Not the one that a daemon asks for its image's versions as it starts.
+            "containers": self.run("docker", "ps", "--no-trunc", "--quiet", "--filter", f"label={CLUSTER}").stdout,
         }
 
     def has_nothing(self) -> None:
