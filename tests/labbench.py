@@ -254,7 +254,7 @@ def open_lab_bench(**options: Any) -> Iterator[LabBench]:
             "image_store": str(store),
         }
         lab = Lab(**{**usual, **options})
-        guardian = start_lab(lab, locks=(lock,), say=print)
+        guardian = start_lab(lab, locks=(lock,), say=print, dies_with_us=True)  # a killed run leaves no lab
         running = RunningLab(lab.name)
 
         def stop() -> None:
