@@ -20,6 +20,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from waiting import wait_until
+
 from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.images import IMAGE, open_image_store
 from meshcompute.lab.running import RunningLab
@@ -189,10 +191,7 @@ class LabBench:
 
     def wait_until(self, is_true: Callable[[], object], what: str, timeout: float = GONE_SECONDS) -> None:
         """Wait for a state, never for a time."""
-        deadline = time.monotonic() + timeout
-        while not is_true():
-            assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
-            time.sleep(0.1)
+        wait_until(is_true, what, timeout)
 
     def pids(self, host: str, text: str) -> list[int]:
         """Processes of a host whose command line has this text, by the numbers of its own pid namespace."""

@@ -22,6 +22,8 @@ import time
 import uuid
 from pathlib import Path
 
+from waiting import wait_until
+
 from controlplane.network.topology import GatewayConfig, Member, address_of, peers_of, random_prefix
 
 DRIVER = Path(__file__).parent / "contract" / "plane_driver.py"
@@ -36,11 +38,7 @@ class PlaneError(Exception):
 
 def wait_for(what, condition, seconds=PATIENCE_SECONDS):
     """Wait for a state, and return it."""
-    give_up = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < give_up, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
-    return found
+    return wait_until(condition, what, seconds)
 
 
 class Namespace:

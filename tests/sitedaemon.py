@@ -11,9 +11,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from pathlib import Path
+
+from waiting import wait_until
 
 from controlplane.talk import UnixConnection
 
@@ -23,15 +24,6 @@ PATIENCE_SECONDS = 60.0
 
 def new_id():
     return uuid.uuid4().hex
-
-
-def wait(condition, what, seconds=PATIENCE_SECONDS):
-    """Wait until something is true, and return it."""
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until, f"after {seconds:g} s there is still no {what}"
-        time.sleep(0.05)
-    return found
 
 
 @contextlib.contextmanager
@@ -87,7 +79,12 @@ class SiteDaemon:
         self.log = self.folder / "log"
 
     def command(self, *arguments):
-        return [sys.executable, *self.program, *arguments]
+        return [sys.executable, *self.program, *map(str, arguments)]
+
+    def run(self, *arguments, **options):
+        """Run the command meshcompute-site to its end."""
+        options = {"capture_output": True, "text": True, "timeout": 60, **options}
+        return subprocess.run(self.command(*arguments), cwd="/", check=False, **options)
 
     def start(self):
         with self.log.open("ab") as log:
@@ -97,7 +94,7 @@ class SiteDaemon:
                 stderr=log,
                 cwd="/",
             )
-        wait(self.answers, f"answer of the daemon; its log:\n{self.log.read_text()[-2000:]}", START_SECONDS)
+        wait_until(self.answers, f"answer of the daemon; its log:\n{self.log.read_text()[-2000:]}", START_SECONDS)
         return self
 
     def answers(self):
@@ -150,7 +147,7 @@ class SiteDaemon:
             answer = self.get(cluster_id)
             return answer.status == 200 and answer.json["phase"] == phase and answer.json
 
-        return wait(has_it, f"cluster in phase {phase}: {self.get(cluster_id).text}")
+        return wait_until(has_it, f"cluster in phase {phase}: {self.get(cluster_id).text}", PATIENCE_SECONDS)
 
     def pids(self, cluster_id):
         """Processes that belong to a cluster: they carry the names of its units' folders."""
@@ -243,4 +240,4 @@ class BreakingDoor(_Door):
         self.path.unlink()
 
 
-__all__ = ["Answer", "BreakingDoor", "SiteDaemon", "TcpDoor", "acting_as", "new_id", "wait"]
+__all__ = ["PATIENCE_SECONDS", "Answer", "BreakingDoor", "SiteDaemon", "TcpDoor", "acting_as", "new_id"]

@@ -6,11 +6,11 @@ import pwd
 import re
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
-from sitedaemon import SiteDaemon, acting_as, new_id, wait
+from sitedaemon import PATIENCE_SECONDS, SiteDaemon, acting_as, new_id
+from waiting import wait_until
 
 from controlplane.daemon import own_version
 from controlplane.openapi import openapi_document
@@ -270,7 +270,7 @@ def test_a_daemon_that_is_stopped_or_killed_finds_its_cluster_again(own_site, po
     assert own_site.put(cluster_id, **with_workers(port)).status == 200
     before = own_site.wait_phase(cluster_id, "ready")
     assert [worker["name"] for worker in before["workers"]] == ["alpha-0-0"]
-    wait(lambda: registered(own_site, cluster_id), "registered worker")
+    wait_until(lambda: registered(own_site, cluster_id), "registered worker", PATIENCE_SECONDS)
     processes = own_site.pids(cluster_id)
     assert len(processes) >= 2
     for number in (signal.SIGTERM, signal.SIGKILL):
@@ -293,7 +293,7 @@ def test_a_daemon_that_is_stopped_or_killed_finds_its_cluster_again(own_site, po
 def test_a_lease_that_nobody_renews_ends_everything_and_says_so(own_site, port):
     cluster_id = new_id()
     own_site.put(cluster_id, lease_seconds=3, **with_workers(port))
-    wait(lambda: own_site.pids(cluster_id), "process of the cluster")
+    wait_until(lambda: own_site.pids(cluster_id), "process of the cluster", PATIENCE_SECONDS)
     ended = own_site.wait_phase(cluster_id, "gone")
     assert "its lease ended, because nobody renewed it" in ended["conditions"][0]["message"]
     assert own_site.pids(cluster_id) == set()
@@ -303,9 +303,9 @@ def test_a_lease_that_nobody_renews_ends_everything_and_says_so(own_site, port):
 def test_with_a_dead_daemon_the_lease_still_ends_and_the_next_daemon_sweeps(own_site, port):
     cluster_id = new_id()
     own_site.put(cluster_id, lease_seconds=4, **with_workers(port))
-    wait(lambda: own_site.pids(cluster_id), "process of the cluster")
+    wait_until(lambda: own_site.pids(cluster_id), "process of the cluster", PATIENCE_SECONDS)
     own_site.stop(signal.SIGKILL)
-    wait(lambda: not own_site.pids(cluster_id), "end of the cluster's processes")
+    wait_until(lambda: not own_site.pids(cluster_id), "end of the cluster's processes", PATIENCE_SECONDS)
     assert list((own_site.folder / "state/units").iterdir())
     own_site.start()
     own_site.wait_phase(cluster_id, "gone")
@@ -316,63 +316,36 @@ def test_the_end_of_the_daemon_is_the_end_of_its_clusters_if_so_wanted(port):
     daemon = SiteDaemon(ACCESS, options=["--stop-clusters"]).start()
     cluster_id = new_id()
     daemon.put(cluster_id, **with_workers(port))
-    wait(lambda: daemon.pids(cluster_id), "process of the cluster")
+    wait_until(lambda: daemon.pids(cluster_id), "process of the cluster", PATIENCE_SECONDS)
     assert daemon.stop() == 0
     assert daemon.pids(cluster_id) == set()
     daemon.close()
 
 
 def test_two_daemons_cannot_share_a_folder_or_a_socket(site):
-    def started(config):
-        return subprocess.run(
-            site.command("serve", "--config", str(config)),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd="/",
-            check=False,
-        )
-
-    second = started(site.config)
+    second = site.run("serve", "--config", site.config)
     assert second.returncode == 1
     assert "Another daemon uses the state folder" in second.stderr
     other = site.folder / "other.toml"
     other.write_text(site.config.read_text().replace("/state", "/state2"))
-    third = started(other)
+    third = site.run("serve", "--config", other)
     assert third.returncode == 1
     assert f"Another daemon listens at {site.socket}" in third.stderr
     assert site.answers()
 
 
 def test_ping_tells_whether_the_daemon_works_and_why_not(site, tmp_path):
-    def ping(path):
-        return subprocess.run(
-            site.command("ping", "--socket", str(path)),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd="/",
-            check=False,
-        )
-
-    assert ping(site.socket).returncode == 0
-    nobody = ping(tmp_path / "none.sock")
+    assert site.run("ping", "--socket", site.socket).returncode == 0
+    nobody = site.run("ping", "--socket", tmp_path / "none.sock")
     assert (nobody.returncode, "There is no socket" in nobody.stderr) == (2, True)
     with socket.socket(socket.AF_UNIX) as dead:
         dead.bind(str(tmp_path / "dead.sock"))
-    assert "Nobody listens" in ping(tmp_path / "dead.sock").stderr
+    assert "Nobody listens" in site.run("ping", "--socket", tmp_path / "dead.sock").stderr
 
 
 def test_an_operator_sees_and_ends_clusters_by_the_command_line(site):
     def run(*arguments):
-        done = subprocess.run(
-            site.command(*arguments, "--socket", site.socket),
-            capture_output=True,
-            text=True,
-            timeout=60,
-            cwd="/",
-            check=False,
-        )
+        done = site.run(*arguments, "--socket", site.socket)
         return done.returncode, done.stdout + done.stderr
 
     cluster_id = new_id()
@@ -388,14 +361,8 @@ def test_an_operator_sees_and_ends_clusters_by_the_command_line(site):
 
 
 def test_connect_passes_bytes_both_ways(site):
-    run = subprocess.run(
-        site.command("connect", "--socket", site.socket),
-        input=b"GET /v1/site HTTP/1.1\r\nHost: site\r\nConnection: close\r\n\r\n",
-        capture_output=True,
-        timeout=60,
-        cwd="/",
-        check=False,
-    )
+    asked = b"GET /v1/site HTTP/1.1\r\nHost: site\r\nConnection: close\r\n\r\n"
+    run = site.run("connect", "--socket", site.socket, input=asked, text=False)
     assert run.returncode == 0, run.stderr
     head, _, content = run.stdout.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 200 OK")

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from waiting import wait_until
 
 from controlplane.workers import entrypoint, nursery
 
@@ -45,13 +46,6 @@ def renew(folder, deadline_seconds):
     (folder / "new").rename(folder / "given/lease")
 
 
-def wait(is_true, what):
-    until = time.monotonic() + 30
-    while not is_true():
-        assert time.monotonic() < until, what
-        time.sleep(0.02)
-
-
 def test_a_passed_deadline_ends_what_ignores_sigterm(keep, tmp_path):
     keeper = keep(f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 1; done", deadline_seconds=1.0)
     assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
@@ -62,7 +56,7 @@ def test_a_passed_deadline_ends_what_ignores_sigterm(keep, tmp_path):
 def test_a_lease_that_cannot_be_read_leaves_the_last_deadline(keep, tmp_path):
     started = time.monotonic()
     keeper = keep(f"touch {tmp_path}/runs; sleep 100", deadline_seconds=1.5)
-    wait((tmp_path / "runs").exists, "the process")
+    wait_until((tmp_path / "runs").exists, "the process")
     (tmp_path / "given/lease").unlink()
     assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
     assert time.monotonic() - started >= 1.5
@@ -71,14 +65,14 @@ def test_a_lease_that_cannot_be_read_leaves_the_last_deadline(keep, tmp_path):
 @pytest.mark.parametrize("nonsense", ["nan", "-inf", "0"])
 def test_a_deadline_that_means_nothing_has_passed(keep, tmp_path, nonsense):
     keeper = keep(f"touch {tmp_path}/runs; sleep 100")
-    wait((tmp_path / "runs").exists, "the process")
+    wait_until((tmp_path / "runs").exists, "the process")
     (tmp_path / "given/lease").write_text(nonsense)
     assert keeper.wait(30) == entrypoint.EXIT_LEASE_ENDED
 
 
 def test_a_folder_that_takes_the_name_later_is_not_obeyed(keep, tmp_path):
     keeper = keep(f"touch {tmp_path}/runs; sleep 100", deadline_seconds=2.0)
-    wait((tmp_path / "runs").exists, "the process")
+    wait_until((tmp_path / "runs").exists, "the process")
     (tmp_path / "given").rename(tmp_path / "old")
     (tmp_path / "old/lease").unlink()
     (tmp_path / "given").mkdir()
@@ -96,12 +90,14 @@ def test_an_address_that_does_not_appear_ends_the_wait(keep, tmp_path):
 
 def test_an_address_that_is_here_lets_the_processes_start(keep, tmp_path):
     keep(f"touch {tmp_path}/runs; sleep 100", address="::1")
-    wait((tmp_path / "runs").exists, "the process")
+    wait_until((tmp_path / "runs").exists, "the process")
 
 
 def test_what_exits_is_started_again_with_longer_and_longer_pauses(keep, tmp_path):
     keep(f"date +%s.%N >> {tmp_path}/starts")
-    wait(lambda: (tmp_path / "starts").exists() and len((tmp_path / "starts").read_text().split()) >= 4, "restarts")
+    wait_until(
+        lambda: (tmp_path / "starts").exists() and len((tmp_path / "starts").read_text().split()) >= 4, "restarts"
+    )
     starts = [float(word) for word in (tmp_path / "starts").read_text().split()]
     pauses = [later - earlier for earlier, later in pairwise(starts)]
     assert pauses[0] >= 0.2
@@ -115,7 +111,7 @@ def test_a_program_that_is_missing_is_said_and_does_not_end_the_others(keep, tmp
         {"name": "there", "argv": ["sh", "-c", f"touch {tmp_path}/runs; sleep 100"], "environment": {}},
     ]
     keeper = keep(processes=processes)
-    wait((tmp_path / "runs").exists, "the other process")
+    wait_until((tmp_path / "runs").exists, "the other process")
     keeper.terminate()
     output, _ = keeper.communicate(timeout=30)
     assert keeper.returncode == 0
@@ -137,7 +133,7 @@ def test_a_log_file_stays_bounded(keep, tmp_path):
 def test_lines_come_whole_and_with_the_name_of_who_wrote_them(keep, tmp_path):
     with (tmp_path / "log").open("ab") as log:
         keeper = keep("printf 'one\\ntw'; sleep 0.3; printf 'o\\nno end'; sleep 100", stdout=log)
-    wait(lambda: b"o\n" in (tmp_path / "log").read_bytes(), "the second line")
+    wait_until(lambda: b"o\n" in (tmp_path / "log").read_bytes(), "the second line")
     keeper.terminate()
     assert keeper.wait(30) == 0
     lines = (tmp_path / "log").read_text().splitlines()
@@ -190,7 +186,7 @@ def hatch(keep, tmp_path):
 
 
 def said(file):
-    wait(file.exists, f"{file.name} says what it is")
+    wait_until(file.exists, f"{file.name} says what it is")
     return json.loads(file.read_text())
 
 
@@ -219,7 +215,9 @@ def test_what_comes_from_the_nursery_shares_its_imports_and_is_else_as_if_starte
 def test_what_comes_from_the_nursery_dies_with_the_keeper(hatch):
     keeper, processes = hatch([])
     keeper.kill()
-    wait(lambda: not any(Path(f"/proc/{about['pid']}").exists() for about in processes), "the end of the processes")
+    wait_until(
+        lambda: not any(Path(f"/proc/{about['pid']}").exists() for about in processes), "the end of the processes"
+    )
 
 
 @pytest.mark.parametrize(

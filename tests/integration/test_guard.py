@@ -33,6 +33,7 @@ from distributed import (
     secede,
     wait,
 )
+from waiting import wait_until
 
 from meshcompute.errors import UnknownPoolError, UnmetDemandError
 from meshcompute.scheduling import Guard
@@ -51,13 +52,6 @@ SETTINGS = {
 }
 # Dask sends a worker ceil(1.1 * threads) root tasks at once.
 SLOTS_BY_THREADS = {1: 2, 2: 3}
-
-
-def wait_until(is_true: Callable[[], object], what: str, timeout_seconds: float = 30) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not is_true():
-        assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {what}"
-        time.sleep(0.02)
 
 
 class Cluster:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import dask.array as da
 import numpy as np
 import pytest
 from distributed import Client, wait, worker_client
+from waiting import wait_until
 
 from meshcompute import explain, measure_traffic, pool, propagate_pools
 from meshcompute.clients import ensure_guard
@@ -23,18 +23,13 @@ from meshcompute.clients import ensure_guard
 NBYTES = 960 * 1280 * 4
 
 
+PATIENCE_SECONDS = 60
+
+
 def field(seed: int) -> Any:
     """A smooth field of 4.69 MiB, rounded to one decimal; never the same for two seeds."""
     y, x = np.linspace(0, 6, 960)[:, None], np.linspace(0, 9, 1280)
     return (280 + 10 * np.sin(y + seed) * np.cos(x)).round(1).astype("f4")
-
-
-def until(is_so: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := is_so()):
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
-        time.sleep(0.02)
-    return answer
 
 
 def announcements(client: Client) -> list[Any]:
@@ -60,8 +55,10 @@ def compression(client: Client, mode: str) -> Iterator[None]:
 
     with dask.config.set({"meshcompute.compression": mode}):
         ensure_guard(client)  # as propagate_pools() does with the default client
-        until(lambda: modes() == {mode}, "the workers know the setting")
-        until(lambda: all(announcements(client)) == (mode != "off"), "everybody says what it can unpack")
+        wait_until(lambda: modes() == {mode}, "the workers know the setting", PATIENCE_SECONDS)
+        wait_until(
+            lambda: all(announcements(client)) == (mode != "off"), "everybody says what it can unpack", PATIENCE_SECONDS
+        )
         yield
 
 
@@ -123,7 +120,9 @@ def test_inside_a_pool_nothing_is_packed(packed: Any) -> None:
 
     before = len(client.run(sent, workers=[first])[first])
     assert client.submit(np.shape, value, workers=[second], pure=False).result() == (960, 1280)
-    (nbytes,) = until(lambda: client.run(sent, workers=[first])[first][before:], "the transfer is logged")
+    (nbytes,) = wait_until(
+        lambda: client.run(sent, workers=[first])[first][before:], "the transfer is logged", PATIENCE_SECONDS
+    )
     assert nbytes > NBYTES
 
 
@@ -308,34 +307,35 @@ def extra_worker(address: str, folder: Path, pool: str, **environment: str) -> I
 def test_a_worker_that_joins_later_sends_and_reads_packed_values(packed: Any, tmp_path: Path) -> None:
     client = packed.client
     with extra_worker(packed.mesh.scheduler_address, tmp_path, "late"):
-        until(lambda: packed.workers("late"), "the worker joins")
-        until(lambda: all(announcements(client)), "it says what it can unpack")
+        wait_until(lambda: packed.workers("late"), "the worker joins", PATIENCE_SECONDS)
+        wait_until(lambda: all(announcements(client)), "it says what it can unpack", PATIENCE_SECONDS)
         with measure_traffic() as traffic:
             assert cross(client, 16, source="a", destination="late")
             assert cross(client, 17, source="late", destination="b")
     assert traffic.wire_bytes_between_pools["a", "late"] < 0.5 * NBYTES
     assert traffic.wire_bytes_between_pools["late", "b"] < 0.5 * NBYTES
-    until(lambda: not packed.workers("late"), "the worker leaves")
+    wait_until(lambda: not packed.workers("late"), "the worker leaves", PATIENCE_SECONDS)
 
 
 def test_a_worker_without_the_codec_sends_and_gets_plain_values(packed: Any, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['numcodecs'] = None\n")
     client = packed.client
     with extra_worker(packed.mesh.scheduler_address, tmp_path, "poor", PYTHONPATH=str(tmp_path)):
-        (address,) = until(lambda: list(packed.workers("poor").values()), "the worker joins")
+        (address,) = wait_until(lambda: list(packed.workers("poor").values()), "the worker joins", PATIENCE_SECONDS)
         opening = "meshcompute-packing"
-        until(
+        wait_until(
             lambda: client.run(lambda dask_worker: dask_worker.plugins[opening]._opening.done(), workers=[address])[
                 address
             ],
             "it has looked for codecs",
+            PATIENCE_SECONDS,
         )
         with measure_traffic() as traffic:
             assert cross(client, 18, source="a", destination="poor")
             assert cross(client, 19, source="poor", destination="b")
     assert traffic.wire_bytes_between_pools["a", "poor"] > NBYTES
     assert traffic.wire_bytes_between_pools["poor", "b"] > NBYTES
-    until(lambda: not packed.workers("poor"), "the worker leaves")
+    wait_until(lambda: not packed.workers("poor"), "the worker leaves", PATIENCE_SECONDS)
 
 
 def test_workers_and_a_scheduler_without_meshcompute_pack_too(stock_sites: Any) -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import dask.array as da
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster, get_task_stream, performance_report, wait, worker_client
+from waiting import wait_until
 
 from meshcompute import pool, propagate_pools
 from meshcompute.errors import PoolsMissingError
@@ -23,14 +23,6 @@ from meshcompute.traffic import Traffic, measure_traffic
 
 IN_A, IN_B = {"pool-a": 0}, {"pool-b": 0}
 MB = 1_000_000
-
-
-def until(is_so: Callable[[], Any], what: str, seconds: float = 30) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (answer := is_so()):
-        assert time.monotonic() < deadline, f"{what}: not after {seconds} s"
-        time.sleep(0.02)
-    return answer
 
 
 def ones(client: Client, n_bytes: int, where: dict[str, int]) -> Any:
@@ -206,7 +198,7 @@ def test_a_transfer_in_flight_at_the_end_is_waited_for(sites: Any) -> None:
     before = begun()
     with measure_traffic() as traffic:
         size = client.submit(len, value, resources=IN_B, pure=False)
-        until(lambda: begun() > before, "the transfer begins")
+        wait_until(lambda: begun() > before, "the transfer begins")
     assert traffic.bytes_between_pools["a", "b"] == 100 * MB
     assert traffic.warnings == ()
     size.result()
@@ -273,7 +265,7 @@ def test_a_worker_that_joins_or_leaves_inside_the_block_counts(start_sites: Any,
     client, address = sites.client, sites.mesh.scheduler_address
     with measure_traffic(client) as traffic:
         with extra_worker(address, tmp_path, "c-1-0", "--resources", "pool-c=1", "--nanny") as process:
-            until(lambda: "c-1-0" in sites.workers("c"), "the worker joins")
+            wait_until(lambda: "c-1-0" in sites.workers("c"), "the worker joins")
             value = ones(client, 8 * MB, {"pool-c": 0})
             client.submit(len, value, resources=IN_A).result()
             client.retire_workers([sites.workers("c")["c-1-0"]])
@@ -292,13 +284,13 @@ def test_a_worker_that_is_killed_is_named_and_the_rest_counts(start_sites: Any, 
         extra_worker(address, tmp_path, "d-1-0", "--resources", "pool-d=1", "--no-nanny") as process,
         measure_traffic(client) as traffic,
     ):
-        until(lambda: "d-1-0" in sites.workers("d"), "the worker joins")
+        wait_until(lambda: "d-1-0" in sites.workers("d"), "the worker joins")
         lost = sites.workers("d")["d-1-0"]
         value = ones(client, MB, {"pool-d": 0})
         client.gather(value)
-        until(lambda: lost in {key[0] for key in traffic._reports}, "the worker reports")
+        wait_until(lambda: lost in {key[0] for key in traffic._reports}, "the worker reports")
         process.kill()
-        until(lambda: not sites.workers("d"), "the worker is lost")
+        wait_until(lambda: not sites.workers("d"), "the worker is lost")
         client.gather(ones(client, 2 * MB, IN_A))
     assert traffic.bytes_between_pools["a", "client"] == 2 * MB
     assert len(traffic.warnings) == 1
