@@ -18,9 +18,9 @@ switched on per connection, covers every message, but Dask samples without regar
 up above 0.7 of the size. So: *what a worker sends on request is packed by us*, in the frames' own format, where the
 asking side has said, as it connected, that it is at another site and can unpack.
 
-One field of 4.69 MiB, smooth over all scales, one core: rounded to one decimal it becomes 0.6-0.9 MiB by zstd at 300
-MB/s and 1.1-1.9 MiB by lz4 at 400-1600 MB/s; averaged over members 1.3 and 2.2 MiB. Bits sorted beat bytes sorted for
-averages, and lose for rounded values: a sample of the value decides.
+One level of the reference's predictions, 4.69 MiB of float32 rounded to one decimal, on one core
+(scripts/benchmarks/packing.py): 2.2 MiB by zstd at 600 MB/s, 2.6 MiB by lz4 at 2000 MB/s. Bytes sorted beat bits sorted
+there; for the mean of the members, and for differences, it is the other way round: a sample of the value decides.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ DEFAULTS: dict[str, Any] = {
     # How long work that is pinned to a pool waits for the pool's first worker before it fails.
     "missing-pool-timeout": "30s",
     # What workers do to values for other sites: auto, off, or the name of a codec (meshcompute.packing).
-    "compression": "off",
+    "compression": "auto",
 }
 
 
