@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from controlplane.command import run
-from controlplane.config import EVERYBODY, SiteConfig
+from controlplane.config import EVERYBODY, Service, SiteConfig
 from controlplane.daemon import is_udp_port_taken
 from controlplane.errors import SiteError
 from controlplane.findings import NETWORK_PROGRAMS, Finding, HostFacts, judge
@@ -28,6 +28,7 @@ __all__ = ["examine", "observe_host"]
 
 PATH_OF_LOGINS = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"  # of sshd, without a shell's own files
 IMPORT_SECONDS = 30.0
+SERVICE_SECONDS = 3.0
 NOT_FOUND = 404
 
 
@@ -85,6 +86,7 @@ async def observe_host(config: SiteConfig) -> HostFacts:
         state_folder_problem=_state_folder_problem(config.state_folder),
         n_taken_ports=sum(is_udp_port_taken(port) for port in range(first, last + 1)) if is_on_mesh else 0,
         unresolved_endpoints=tuple(host for host in config.network_options.endpoints if not _resolves(host)),
+        problem_by_service={service.name: _service_problem(service) for service in config.network_options.services},
         sshd_options=sshd_options,
         sshd_problem=sshd_problem,
         sshd_user=sshd_user,
@@ -119,6 +121,14 @@ def _resolves(host: str) -> bool:
     except OSError:
         return False
     return True
+
+
+def _service_problem(service: Service) -> str:
+    try:
+        socket.create_connection((service.host, service.port), timeout=SERVICE_SECONDS).close()
+    except OSError as exc:
+        return f"{service.host} does not answer at port {service.port} ({exc})"
+    return ""
 
 
 def _folder_problem(folder: str) -> str:

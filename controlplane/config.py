@@ -37,6 +37,8 @@ default::
     endpoints = []                      # hosts (name or address) at which other sites can reach this one
     udp_ports = [51820, 51899]          # first and last; one for each cluster at once
     wireguard = "auto"                  # "kernel", "userspace", or the first of them that works
+    services = {}                       # what workers reach beside their cluster, an object store of the site's LAN:
+                                        # "name for workers" = "host:port as this host reaches it"; the port is the same
 
     [docker]                            # of runtime = "docker" only
     engine = "unix:///var/run/docker.sock"
@@ -65,6 +67,7 @@ __all__ = [
     "LimitsConfig",
     "NetworkOptions",
     "ProcessConfig",
+    "Service",
     "SiteConfig",
     "WorkersConfig",
     "parse_config",
@@ -79,6 +82,8 @@ _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
 _ACCOUNT = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.@-]{0,63}\$?")
 _ENGINE = re.compile(r"unix:///[^\0]+")  # an engine over TCP would have other folders, and no namespaces for links
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}|[0-9A-Fa-f:]{2,45}")
+_SERVICE_NAME = re.compile(r"(?!localhost$)(?![0-9.]+$)[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # goes into /etc/hosts
+_SERVICE = re.compile(r"([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:]{2,45}\]):(\d{1,5})")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?")
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -126,12 +131,22 @@ class WorkersConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What workers may reach beside their cluster: by this name and port there, at host and port as their site does."""
+
+    name: str
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NetworkOptions:
-    """How other sites reach this one, and with which WireGuard."""
+    """How other sites reach this one, with which WireGuard, and what workers reach beside their cluster."""
 
     endpoints: tuple[str, ...] = ()
     udp_ports: tuple[int, int] = (51820, 51899)
     wireguard: Literal["auto", "kernel", "userspace"] = "auto"
+    services: tuple[Service, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +273,20 @@ class _Table:
                 raise self.error(key, f"{name!r} = {value!r}: both must be {what}")
         return dict(values)
 
+    def services(self, key: str) -> tuple[Service, ...]:
+        values = self._take(key, {})
+        if not isinstance(values, dict):
+            raise self.error(key, f'{values!r} is no table like {{ "objects.example" = "10.1.0.5:9000" }}')
+        services = []
+        for name, target in values.items():
+            match = _SERVICE.fullmatch(target) if isinstance(target, str) else None
+            if match is None or not 1 <= int(match[2]) <= 65535:
+                raise self.error(key, f"{target!r} is not a host and its port, like '10.1.0.5:9000'")
+            if not _SERVICE_NAME.fullmatch(name):
+                raise self.error(key, f"{name!r} is not the name of a host in lower case, which workers could look up")
+            services.append(Service(name=name, host=match[1].strip("[]"), port=int(match[2])))
+        return tuple(services)
+
     def finish(self) -> None:
         unknown = sorted(set(self._values) - self._known)
         if unknown:
@@ -333,6 +362,7 @@ def parse_config(values: Mapping[str, Any], source: str = "site.toml") -> SiteCo
             endpoints=network.texts("endpoints", _HOST, "a host's name or address, without a port"),
             udp_ports=network.ports("udp_ports", (51820, 51899)),
             wireguard=network.choice("wireguard", "auto", ("auto", "kernel", "userspace")),
+            services=network.services("services"),
         ),
         engine_url=docker.text("engine", DEFAULT_ENGINE, _ENGINE, "a unix socket like 'unix:///var/run/docker.sock'"),
         process=ProcessConfig(
@@ -344,17 +374,19 @@ def parse_config(values: Mapping[str, Any], source: str = "site.toml") -> SiteCo
     )
     for table in (top, access, limits, workers, network, docker, process):
         table.finish()
-    _check_together(config, top, workers)
+    _check_together(config, top, workers, network)
     return config
 
 
-def _check_together(config: SiteConfig, top: _Table, workers: _Table) -> None:
+def _check_together(config: SiteConfig, top: _Table, workers: _Table, network: _Table) -> None:
     if len(config.socket.encode()) > _SOCKET_PATH_MAX:
         raise top.error("socket", f"{config.socket!r} is longer than {_SOCKET_PATH_MAX} bytes, which no socket can be")
     if config.runtime == "docker" and config.network == "loopback":
         raise top.error("network", "'loopback' needs runtime = \"process\": containers have a network of their own")
     if config.runtime == "process" and config.network == "wireguard":
         raise top.error("network", "'wireguard' needs runtime = \"docker\": processes have no network of their own")
+    if config.network == "loopback" and config.network_options.services:
+        raise network.error("services", 'needs network = "wireguard": plain processes reach what this host reaches')
     if config.workers.threads_per_process > config.limits.threads_per_worker:
         limit = config.limits.threads_per_worker
         raise workers.error("threads_per_process", f"the default is more than limits.threads_per_worker = {limit}")

@@ -26,6 +26,7 @@ from controlplane.network.topology import (
     PeerConfig,
     address_of,
     peer_of,
+    service_address_of,
 )
 from controlplane.state import ClusterRecord
 from controlplane.workers.base import WorkerSpec
@@ -82,6 +83,7 @@ def desired_cluster(record: ClusterRecord, config: SiteConfig, now: float) -> De
         peers=_peers(spec),
         deadline_seconds=remaining,
         node=ROUTER_NODE if spec.role == "scheduler" else GATEWAY_NODE,
+        services=config.network_options.services,
     )
     return DesiredCluster(
         cluster_id=record.cluster_id,
@@ -138,6 +140,10 @@ def _workers(
             data_folders=defaults.data_folders,
             deadline_seconds=remaining_seconds,
             owner=record.owner.user,
+            hosts=tuple(
+                (service.name, service_address_of(IPv6Network(spec.prefix), spec.site, service.name))
+                for service in config.network_options.services
+            ),
         )
         for unit in range(request.containers)
     ]

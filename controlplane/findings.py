@@ -53,6 +53,7 @@ class HostFacts:
     state_folder_problem: str = ""
     n_taken_ports: int = 0
     unresolved_endpoints: tuple[str, ...] = ()
+    problem_by_service: Mapping[str, str] = field(default_factory=dict)
     sshd_options: Mapping[str, str] | None = None
     sshd_problem: str = ""
     sshd_user: str = ""
@@ -81,7 +82,7 @@ def judge(config: SiteConfig, facts: HostFacts) -> tuple[Finding, ...]:
     """
     parts = [_access(config, facts), _state(config, facts), _folders(config, facts), _memory(config, facts)]
     if config.network == "wireguard":
-        parts += [_wireguard(config, facts), _ports(config, facts)]
+        parts += [_wireguard(config, facts), _ports(config, facts), _services(config, facts)]
     parts.append(_engine(config, facts) if config.runtime == "docker" else _process(facts))
     if config.role != "scheduler":
         parts.append(_ssh(config, facts))
@@ -257,6 +258,21 @@ def _ports(config: SiteConfig, facts: HostFacts) -> Iterator[Finding]:
             subject="endpoint",
             message=f"{', '.join(endpoints)}; firewalls on the way must let UDP {first}-{last} in",
         )
+
+
+def _services(config: SiteConfig, facts: HostFacts) -> Iterator[Finding]:
+    for service in config.network_options.services:
+        problem = facts.problem_by_service.get(service.name, "")
+        if problem:
+            yield Finding(
+                level="note",
+                subject="service",
+                message=f"{service.name}: {problem}",
+                cure="start it, or correct network_options.services in site.toml",
+            )
+        else:
+            text = f"workers reach {service.name}:{service.port} at {service.host}"
+            yield Finding(level="ok", subject="service", message=text)
 
 
 def _engine(config: SiteConfig, facts: HostFacts) -> Iterator[Finding]:

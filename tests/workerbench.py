@@ -224,6 +224,9 @@ class ProcessBench(Bench):
         }
 
 
+SERVICE = ("objects.example", PREFIX[0x1_0000_0001])
+
+
 class DockerBench(Bench):
     """Units are containers of an engine of this bench, joined by a bridge.
 
@@ -292,6 +295,7 @@ class DockerBench(Bench):
             process_names=tuple(map(self.worker, processes)),
             scheduler_address=f"tcp://[{PREFIX[1]}]:8786",
             address=PREFIX[next(self._addresses)],
+            hosts=(SERVICE,),
             **self._common(),
         )
 

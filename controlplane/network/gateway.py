@@ -27,6 +27,7 @@ from controlplane.clock import Clock, SystemClock
 from controlplane.errors import ApplyError, InvalidSpecError
 from controlplane.network.base import WorkerLink
 from controlplane.network.interfaces import Backend, InterfaceMaker, Place, PortTakenError, check_port, namespace_of
+from controlplane.network.keeper import RELAY
 from controlplane.network.keepers import ImpostorError, KeeperClient, KeeperGoneError, find_keepers, start_keeper
 from controlplane.network.links import LinkError, open_links
 from controlplane.network.peers import plan_peers
@@ -37,6 +38,7 @@ from controlplane.network.topology import (
     PeerConfig,
     interface_of,
     network_of,
+    service_address_of,
 )
 from controlplane.network.wgformat import InterfaceDump, PrivateKey, configured_peers, peer_states
 from controlplane.network.wireguard import WireGuard, generate_key, resolve
@@ -227,7 +229,7 @@ class NamespacePlane:
         if await self._ensure_keeper(config):
             logger.info("made a gateway cluster=%s site=%s", config.cluster_id, config.site)
         async with KeeperClient(self._instance, config.cluster_id) as keeper:
-            await keeper.renew(config.deadline_seconds)
+            held = await keeper.renew(config.deadline_seconds)
             gateway.ends_at = self._clock.monotonic() + config.deadline_seconds
             gateway.config = config
             async with open_links(namespace_of(keeper.pid)) as inside:
@@ -235,6 +237,10 @@ class NamespacePlane:
                 await inside.set_up(LOOPBACK)
                 await inside.add_address(LOOPBACK, config.address)
                 await inside.refuse(network_of(config.prefix, config.site))
+                for service in config.services:
+                    await inside.add_address(LOOPBACK, service_address_of(config.prefix, config.site, service.name))
+            if config.services or RELAY in held.processes:
+                await self._ensure_services(config, keeper)
             wireguard = await self._ensure_interface(gateway, config, keeper)
             dump = await wireguard.show()
             await self._ensure_peers(gateway, config, wireguard, dump)
@@ -252,6 +258,22 @@ class NamespacePlane:
                 self._instance, config.cluster_id, prefix=config.prefix, deadline_seconds=config.deadline_seconds
             )
             return True
+
+    @staticmethod
+    async def _ensure_services(config: GatewayConfig, keeper: KeeperClient) -> None:
+        """Let workers reach what they may; a host that has no address now must not keep a cluster from starting."""
+        services = []
+        for service in config.services:
+            try:
+                host, _colon, port = (await resolve(f"{service.host}:{service.port}")).rpartition(":")
+            except ApplyError as exc:
+                logger.warning(
+                    "a service is left out name=%s cluster=%s reason=%s", service.name, config.cluster_id, exc
+                )
+                continue
+            address = service_address_of(config.prefix, config.site, service.name)
+            services.append((str(address), service.port, host.strip("[]"), int(port)))
+        await keeper.relay(network_of(config.prefix, config.site), services)
 
     async def _ensure_interface(self, gateway: _Gateway, config: GatewayConfig, keeper: KeeperClient) -> WireGuard:
         """Have a WireGuard interface inside, with a key, a port and the route to the whole cluster."""
@@ -336,12 +358,12 @@ class NamespacePlane:
             gateway.watcher = asyncio.create_task(self._mend(gateway), name=f"gateway {gateway.cluster_id}")
 
     async def _mend(self, gateway: _Gateway) -> None:
-        """Make again what dies before its deadline: wireguard-go, or the keeper with everything."""
+        """Make again what dies before its deadline: wireguard-go, the relay, or the keeper with everything."""
         while True:
             with contextlib.suppress(ApplyError):
                 async with KeeperClient(self._instance, gateway.cluster_id) as keeper:
                     async for name in keeper.watch():
-                        logger.warning("wireguard-go was killed interface=%s", name)
+                        logger.warning("a process of the gateway was killed name=%s", name)
                         await self._mend_once(gateway)
             if gateway.config is None or self._clock.monotonic() >= gateway.ends_at:
                 if self._gateways.get(gateway.cluster_id) is gateway and not gateway.lock.locked():

@@ -1,22 +1,24 @@
 """The process that holds a cluster's gateway, and ends it at its deadline whatever became of the daemon.
 
-Covers one network namespace, its forwarding rules, the wireguard-go processes that serve it, and the deadline. Does not
-cover what is configured in the namespace: the daemon does that, from outside. Run as a script, by path, with the
-standard library alone, so that it starts in some hundredths of a second and shares nothing with the daemon's upgrade.
+Covers one network namespace, its forwarding rules, the processes that serve it (wireguard-go, and the relay of what
+the operator lets workers reach), and the deadline. Does not cover what is configured in the namespace: the daemon does
+that, from outside. Run as a script, by path, with the standard library alone, so that it starts in some hundredths of a
+second and shares nothing with the daemon's upgrade.
 
 ::
 
     host's namespace                                gateway's namespace (forwarding, nftables, nothing else)
       encrypted UDP socket ── wireguard-go ──────── mc-xxxxxxxx  P::/48     w11, w12 ... veth to the workers
       abstract socket @meshcompute-gateway/... ──── this process
+      connections to services ── servicerelay ───── listeners, for this site's workers only
 
 The namespace has no name and no mount: it lives as long as this process. WireGuard's control sockets lie in a tmpfs
 that only this process and its children see. So whatever kills this process, the kernel takes everything away with it:
 wireguard-go (its death signal), the interfaces, routes and rules (the namespace), the sockets (the mount). A daemon
 finds its keepers again by the names of their sockets, which are no files either.
 
-Requests are JSON, one packet each: ``status``, ``renew`` (seconds), ``spawn`` (name), ``kill`` (name), ``watch`` and
-``end``. Only the user that runs the keeper, and root, are heard.
+Requests are JSON, one packet each: ``status``, ``renew`` (seconds), ``spawn`` (name), ``relay`` (network, services),
+``kill`` (name), ``watch`` and ``end``. Only the user that runs the keeper, and root, are heard.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ SYSCTLS = {
     "net/ipv6/conf/all/forwarding": "1",
 }
 # Forwarded is what goes from this cluster to this cluster, and comes from where its sender is. The gateway itself
-# answers pings and says when a packet is too big; it listens to nothing.
+# answers pings and says when a packet is too big; it listens to nothing but what the operator lets workers reach.
 RULES = """
 table ip6 meshcompute {{
     chain forward {{
@@ -67,11 +69,14 @@ table ip6 meshcompute {{
         ip6 saddr {prefix} ip6 daddr {prefix} accept
         reject with icmpv6 admin-prohibited
     }}
+    chain services {{
+    }}
     chain input {{
         type filter hook input priority filter; policy drop;
         iifname "lo" accept
         icmpv6 type {{ echo-request, echo-reply, destination-unreachable, packet-too-big, time-exceeded,
                        parameter-problem, nd-neighbor-solicit, nd-neighbor-advert }} accept
+        jump services
         reject with icmpv6 admin-prohibited
     }}
 }}
@@ -80,6 +85,12 @@ table ip meshcompute {{
     chain input {{ type filter hook input priority filter; policy drop; iifname "lo" accept; }}
 }}
 """
+# For workers of the site that are where their address leads: nobody else, whatever other sites send here.
+SERVICE_RULE = (
+    "add rule ip6 meshcompute services ip6 saddr {network} fib saddr . iif oif exists "
+    "ip6 daddr {address} tcp dport {port} accept\n"
+)
+RELAY = "services"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -89,6 +100,10 @@ def _call(name: str, *arguments: Any) -> None:
     if getattr(_libc, name)(*arguments) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
+
+
+def _nft(rules: str) -> None:
+    subprocess.run(["nft", "-f", "-"], input=rules.encode(), check=True, timeout=10)
 
 
 class Keeper:
@@ -108,6 +123,7 @@ class Keeper:
         self._host_namespace = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._selector = selectors.DefaultSelector()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._services: list[Any] = []
         self._watchers: set[socket.socket] = set()
         self._log: list[str] = []
         self._is_ending = False
@@ -124,7 +140,7 @@ class Keeper:
         except OSError:  # a service manager made /proc/sys read-only: not for the whole host is it written here
             _call("mount", b"proc", b"/proc", b"proc", 0, None)
             self._set_sysctls()
-        subprocess.run(["nft", "-f", "-"], input=RULES.format(prefix=prefix).encode(), check=True, timeout=10)
+        _nft(RULES.format(prefix=prefix))
 
     @staticmethod
     def _set_sysctls() -> None:
@@ -183,6 +199,8 @@ class Keeper:
                 self._deadline = time.monotonic() + float(request["seconds"])
             case "spawn":
                 self._spawn(str(request["name"]))
+            case "relay":
+                self._relay(str(request["network"]), request["services"])
             case "kill":
                 self._kill(str(request["name"]))
             case "watch":
@@ -212,6 +230,37 @@ class Keeper:
             return
         control = CONTROL_FOLDER / f"{name}.sock"
         control.unlink(missing_ok=True)  # of one that was killed
+        process = self._start(name, ["wireguard-go", "-f", name])
+        give_up = time.monotonic() + SOCKET_DEADLINE_SECONDS
+        while not control.exists():
+            if process.poll() is not None or time.monotonic() > give_up:
+                self._kill(name)
+                raise RuntimeError(f"wireguard-go -f {name} did not come up: {' / '.join(self._log[-3:])}")
+            time.sleep(0.003)
+
+    def _relay(self, network: str, services: list[Any]) -> None:
+        """Let workers of this network reach these: address and port here, host and port as this host reaches them."""
+        is_there = RELAY in self._processes and self._processes[RELAY].poll() is None
+        if services == self._services and is_there == bool(services):
+            return
+        self._kill(RELAY)
+        rules = "".join(SERVICE_RULE.format(network=network, address=s[0], port=s[1]) for s in services)
+        _nft(f"flush chain ip6 meshcompute services\n{rules}")
+        if not services:
+            self._services = services
+            return
+        with contextlib.ExitStack() as stack:
+            words = []
+            for address, port, *target in services:
+                listener = stack.enter_context(socket.create_server((address, port), family=socket.AF_INET6))
+                words.append(",".join(map(str, (listener.fileno(), *target))))
+            script = str(Path(__file__).with_name("servicerelay.py"))
+            command = [sys.executable, "-I", "-S", script, str(os.getpid()), *words]
+            self._start(RELAY, command, [int(word.partition(",")[0]) for word in words])
+        self._services = services
+
+    def _start(self, name: str, command: list[str], fds: Sequence[int] = ()) -> subprocess.Popen[bytes]:
+        """Start a process in the host's network namespace that dies with this one."""
         keeper_pid = os.getpid()
 
         def enter_host() -> None:
@@ -221,22 +270,18 @@ class Keeper:
                 os._exit(1)
 
         process = subprocess.Popen(
-            ["wireguard-go", "-f", name],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            pass_fds=fds,
             preexec_fn=enter_host,  # noqa: PLW1509 - this process has one thread
         )
         self._processes[name] = process
         assert process.stderr is not None
         os.set_blocking(process.stderr.fileno(), False)
         self._selector.register(process.stderr, selectors.EVENT_READ, self._on_log)
-        give_up = time.monotonic() + SOCKET_DEADLINE_SECONDS
-        while not control.exists():
-            if process.poll() is not None or time.monotonic() > give_up:
-                self._kill(name)
-                raise RuntimeError(f"wireguard-go -f {name} did not come up: {' / '.join(self._log[-3:])}")
-            time.sleep(0.003)
+        return process
 
     def _on_log(self, pipe: Any) -> None:
         data = pipe.read(PACKET_NBYTES)
@@ -271,7 +316,7 @@ class Keeper:
         for name in ended:
             code = self._processes[name].returncode
             self._kill(name)
-            self._log.append(f"wireguard-go -f {name} ended with {code}")
+            self._log.append(f"{name} ended with {code}")
             for watcher in self._watchers:
                 self._send(watcher, {"ended": name, "code": code})
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import struct
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv6Network
 from pathlib import Path
@@ -42,7 +42,7 @@ class ImpostorError(KeeperGoneError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeeperStatus:
-    """What a keeper holds: process ids by name of the interface, and what wireguard-go complained about last."""
+    """What a keeper holds: process ids by name of the interface or "services", and what they complained about last."""
 
     pid: int
     processes: dict[str, int]
@@ -134,6 +134,10 @@ class KeeperClient:
         """Let it start wireguard-go for an interface, unless it runs."""
         return await self._ask({"do": "spawn", "name": interface})
 
+    async def relay(self, network: IPv6Network, services: Sequence[tuple[str, int, str, int]]) -> KeeperStatus:
+        """Let workers of a network reach these, and nothing else: address and port inside, host and port outside."""
+        return await self._ask({"do": "relay", "network": str(network), "services": services})
+
     async def kill(self, interface: str) -> KeeperStatus:
         """Let it end the wireguard-go of an interface."""
         return await self._ask({"do": "kill", "name": interface})
@@ -154,7 +158,7 @@ class KeeperClient:
             os.close(pidfd)
 
     async def watch(self) -> AsyncIterator[str]:
-        """Yield the name of the interface whenever a wireguard-go ended; stop when the keeper itself has ended."""
+        """Yield the name of an interface, or "services", whenever its process ended; stop when the keeper has ended."""
         await self._ask({"do": "watch"})
         with contextlib.suppress(KeeperGoneError):
             while True:

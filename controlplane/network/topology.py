@@ -8,6 +8,7 @@ an interface has to these (:mod:`controlplane.network.peers`).
     P = fdxx:xxxx:xxxx::/48             random for each cluster (RFC 4193)
     P:0::/64   P:0::1 scheduler         site 0 is the client's
     P:1::/64   P:1::1 gateway           P:1::11, P:1::12 ... workers behind it
+               P:1::1:xxxx:xxxx         at the gateway: what the operator lets workers of the site reach
     P:2::/64   P:2::1 gateway           P:2::11 ...
 
 Every gateway is a peer of every other one, and is allowed the addresses of its own site. One side of each pair calls
@@ -17,11 +18,13 @@ Every gateway is a peer of every other one, and is allowed the addresses of its 
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, IPv6Network
 
+from controlplane.config import Service
 from controlplane.errors import InvalidSpecError
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "plan_links",
     "random_prefix",
     "relayed",
+    "service_address_of",
     "site_of",
 ]
 
@@ -121,7 +125,8 @@ class PeerConfig:
 class GatewayConfig:
     """What a gateway should be. It ends itself ``deadline_seconds`` after the last time that anybody asked for it.
 
-    ``node`` is the gateway's own number; ``listen_port`` None lets the system choose one.
+    ``node`` is the gateway's own number; ``listen_port`` None lets the system choose one; ``services`` are for workers
+    of this site only.
     """
 
     cluster_id: str
@@ -132,6 +137,7 @@ class GatewayConfig:
     peers: tuple[PeerConfig, ...] = ()
     deadline_seconds: float = 120.0
     node: int = GATEWAY_NODE
+    services: tuple[Service, ...] = ()
 
     @property
     def address(self) -> IPv6Address:
@@ -219,6 +225,15 @@ def address_of(prefix: IPv6Network, site: int, node: int) -> IPv6Address:
     if not 1 <= node <= MAX_NODE:
         raise InvalidSpecError(f"Node number {node} does not fit into an address: use 1 to {MAX_NODE}.")
     return network_of(prefix, site).network_address + int(str(node), 16)
+
+
+def service_address_of(prefix: IPv6Network, site: int, name: str) -> IPv6Address:
+    """Find the address by which workers of a site reach a service: ``P:s::1:xxxx:xxxx``, from its name alone.
+
+    So it stays when the operator names other services, too: running workers know the addresses of their start.
+    """
+    digest = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])
+    return network_of(prefix, site).network_address + (1 << 32 | digest)
 
 
 def site_of(prefix: IPv6Network, place: IPv6Address | IPv6Network) -> int | None:

@@ -52,9 +52,7 @@ async def resolve(endpoint: str) -> str:
     try:
         found = await asyncio.get_running_loop().getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_DGRAM)
     except (OSError, UnicodeError) as exc:  # the latter for names that cannot be names
-        raise ApplyError(
-            f"The name in a peer's endpoint {endpoint!r} is not known here ({exc}). Write an address instead."
-        ) from exc
+        raise ApplyError(f"The host of {endpoint!r} is not known here ({exc}). Write an address instead.") from exc
     family, _type, _protocol, _name, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
     number = str(address[0])
     return f"[{number}]:{port}" if family == socket.AF_INET6 else f"{number}:{port}"

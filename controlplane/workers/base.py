@@ -19,7 +19,7 @@ Errors of runtimes, below those of :mod:`..errors`::
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import Literal, Protocol
 
@@ -98,6 +98,8 @@ class WorkerSpec:
         Ports at this host's 127.0.0.1 for clients and browsers; used by a scheduler only. ``None``: no dashboard.
     owner
         Name of the user, for labels only.
+    hosts
+        Names that the processes can look up, with their addresses; a runtime without networks of its own ignores them.
     """
 
     cluster_id: str
@@ -119,6 +121,8 @@ class WorkerSpec:
     client_port: int = 8786
     dashboard_port: int | None = 8787
     owner: str = ""
+    # Not in the repr, by which units are compared: one that runs goes on when the operator names another service.
+    hosts: tuple[tuple[str, IPv6Address], ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for name in (self.name, *self.process_names):

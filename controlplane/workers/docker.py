@@ -115,6 +115,7 @@ def container_options(
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
         "network_mode": "none",
+        "extra_hosts": {name: str(address) for name, address in spec.hosts},
         # Without a network Docker switches IPv6 off, and the link that comes later could have no address.
         "sysctls": {
             "net.ipv6.conf.all.disable_ipv6": "0",

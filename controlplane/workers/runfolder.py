@@ -130,6 +130,7 @@ class RunFolder:
             fields[key] = tuple(fields[key])
         if fields["address"] is not None:
             fields["address"] = IPv6Address(fields["address"])
+        fields["hosts"] = tuple((host, IPv6Address(address)) for host, address in fields.get("hosts", ()))
         return WorkerSpec(**fields)
 
     def remove(self, name: str) -> None:

@@ -10,6 +10,7 @@ import logging
 import sys
 from ipaddress import IPv6Address, IPv6Network
 
+from controlplane.config import Service
 from controlplane.errors import SiteError
 from controlplane.network.gateway import NamespacePlane
 from controlplane.network.loopback import LoopbackPlane
@@ -21,7 +22,8 @@ def config_of(data):
         PeerConfig(**{**peer, "allowed": tuple(IPv6Network(network) for network in peer["allowed"])})
         for peer in data["peers"]
     )
-    return GatewayConfig(**{**data, "prefix": IPv6Network(data["prefix"]), "peers": peers})
+    services = tuple(Service(**service) for service in data["services"])
+    return GatewayConfig(**{**data, "prefix": IPv6Network(data["prefix"]), "peers": peers, "services": services})
 
 
 async def call(plane, request):

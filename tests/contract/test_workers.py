@@ -319,6 +319,16 @@ def test_a_container_can_write_its_scratch_folder_and_nothing_else(bench, unit):
 
 
 @only_docker
+def test_a_container_knows_the_names_of_its_spec(bench, unit):
+    (name, address), *_ = unit.hosts
+
+    def look_up():
+        return {entry[4][0] for entry in socket.getaddrinfo(name, 9000, type=socket.SOCK_STREAM)}
+
+    assert bench.on(unit.process_names[0], look_up) == {str(address)}
+
+
+@only_docker
 def test_a_container_has_the_rights_and_the_limits_of_its_spec(bench, unit):
     def look():
         groups = os.getgroups()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import controlplane.config
-from controlplane.config import DEFAULT_SOCKET, SiteConfig, parse_config, read_config
+from controlplane.config import DEFAULT_SOCKET, Service, SiteConfig, parse_config, read_config
 from controlplane.errors import ConfigError
 
 WRONG = [
@@ -55,6 +55,18 @@ WRONG = [
     ({"network_options": {"udp_ports": [6000, 5000]}}, "network_options.udp_ports", "range"),
     ({"network_options": {"udp_ports": [6000, True]}}, "network_options.udp_ports", "range"),
     ({"network_options": {"wireguard": "go"}}, "network_options.wireguard", "'auto'"),
+    ({"network_options": {"services": ["a:1"]}}, "network_options.services", "table"),
+    ({"network_options": {"services": {"a": "10.1.0.5"}}}, "network_options.services", "its port"),
+    ({"network_options": {"services": {"a": "10.1.0.5:0"}}}, "network_options.services", "its port"),
+    ({"network_options": {"services": {"a": "-v:1"}}}, "network_options.services", "'-v:1'"),
+    ({"network_options": {"services": {"a b": "10.1.0.5:1"}}}, "network_options.services", "'a b'"),
+    ({"network_options": {"services": {"10.1.0.5": "10.1.0.5:1"}}}, "network_options.services", "the name of a host"),
+    ({"network_options": {"services": {"localhost": "10.1.0.5:1"}}}, "network_options.services", "'localhost'"),
+    (
+        {"runtime": "process", "network": "loopback", "network_options": {"services": {"a": "10.1.0.5:1"}}},
+        "network_options.services",
+        "plain processes",
+    ),
     ({"docker": {"engine": "tcp://1.2.3.4:2375"}}, "docker.engine", "unix socket"),
     ({"process": {"views": {"/a": "b"}}}, "process.views", "absolute"),
     ({"process": {"environment": {"A": 1}}}, "process.environment", "texts"),
@@ -84,6 +96,16 @@ def test_the_documented_file_has_every_key_with_its_default(tmp_path):
     path = tmp_path / "site.toml"
     path.write_text(re.sub(r"(?m)^    ", "", documented[1]))
     assert read_config(path) == SiteConfig(pool="ecmwf")
+
+
+def test_services_are_read_with_names_and_addresses_of_both_kinds():
+    written = {"objects.example": "10.1.0.5:9000", "b": "store.lan:443", "c": "[fd00::5]:80"}
+    services = parse_config({"pool": "a", "network_options": {"services": written}}).network_options.services
+    assert services == (
+        Service(name="objects.example", host="10.1.0.5", port=9000),
+        Service(name="b", host="store.lan", port=443),
+        Service(name="c", host="fd00::5", port=80),
+    )
 
 
 def test_sizes_are_read_as_people_write_them():

@@ -6,6 +6,7 @@ from ipaddress import IPv6Address, IPv6Network
 from controlbench import KEYS, config, mesh_config, record, scheduler_spec, spec
 
 from controlplane.desired import desired_cluster, fingerprint_of, scheduler_addresses
+from controlplane.network.topology import service_address_of
 from controlplane.state import Owner
 from meshcompute.protocol import Peer, SchedulerRequest, WorkerRequest
 
@@ -85,6 +86,20 @@ def test_a_relayed_site_is_behind_its_relay():
     )
     [peer] = desired_cluster(record(wanted=spec(peers=peers)), mesh_config(), 1000.0).gateway.peers
     assert peer.allowed == (IPv6Network("fda5:c0ff:eeee::/64"), IPv6Network("fda5:c0ff:eeee:2::/64"))
+
+
+def test_workers_know_the_services_that_their_gateway_has_and_a_scheduler_none():
+    site = mesh_config(network_options={"services": {"objects.example": "10.1.0.5:9000", "b": "c:1"}})
+    desired = desired_cluster(record(), site, 1000.0)
+    assert desired.gateway.services == site.network_options.services
+    address = service_address_of(desired.gateway.prefix, 1, "objects.example")
+    assert address in IPv6Network("fda5:c0ff:eeee:1:0:1::/96")
+    assert {dict(unit.hosts)["objects.example"] for unit in desired.units} == {address}
+    other = mesh_config(network_options={"services": {"a": "c:1", "objects.example": "10.1.0.6:1"}})
+    again = desired_cluster(record(), other, 1000.0)
+    assert dict(again.units[0].hosts)["objects.example"] == address, "it stays, whatever else there is"
+    assert fingerprint_of(again.units[0]) == fingerprint_of(desired.units[0]), "units that run go on"
+    assert desired_cluster(record(wanted=scheduler_spec()), site, 1000.0).units[0].hosts == ()
 
 
 def test_a_fingerprint_changes_with_everything_but_the_deadline():

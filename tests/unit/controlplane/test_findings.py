@@ -23,7 +23,7 @@ SITE = mesh_config(
     role="site",
     access={"groups": ["science"]},
     workers={"data_folders": ["/data/x"]},
-    network_options={"endpoints": ["gw.example"]},
+    network_options={"endpoints": ["gw.example"], "services": {"objects.example": "10.1.0.5:9000"}},
 )
 MISSING = [
     ({"is_root": False}, "bad", "account", 'runtime = "process"'),
@@ -39,6 +39,7 @@ MISSING = [
     ({"n_taken_ports": 80}, "bad", "ports", "udp_ports"),
     ({"n_taken_ports": 70}, "note", "ports", "udp_ports"),
     ({"unresolved_endpoints": ("gw.example",)}, "bad", "endpoint", "endpoints"),
+    ({"problem_by_service": {"objects.example": "does not answer"}}, "note", "service", "network_options.services"),
     ({"sshd_options": {"allowstreamlocalforwarding": "no"}}, "note", "sshd", "AllowStreamLocalForwarding local"),
     ({"sshd_options": {"disableforwarding": "yes"}}, "note", "sshd", "DisableForwarding no"),
     ({"sshd_options": None}, "note", "sshd", "openssh-server"),

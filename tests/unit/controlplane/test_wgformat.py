@@ -120,5 +120,5 @@ def test_an_endpoint_becomes_a_number(written, number):
 
 
 def test_an_endpoint_that_is_not_known_is_named():
-    with pytest.raises(ApplyError, match=r"The name in a peer's endpoint 'a\.\.b:1' is not known here"):
+    with pytest.raises(ApplyError, match=r"The host of 'a\.\.b:1' is not known here"):
         asyncio.run(resolve("a..b:1"))
