@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from waiting import wait_until
+from waiting import Lines, wait_until
 
 from meshcompute.lab.errors import LabStateError
 from meshcompute.lab.images import IMAGE, open_image_store
@@ -53,20 +52,10 @@ class Boot:
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
         self.process = process
-        self.lines: list[str] = []
-        self._arrived = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            with self._arrived:
-                self.lines.append(line.rstrip("\n"))
-                self._arrived.notify_all()
-        with self._arrived:
-            self._arrived.notify_all()
+        self._written = Lines(process.stderr)
+        self.lines = self._written.lines
 
     @property
     def said(self) -> str:
@@ -75,16 +64,10 @@ class Boot:
 
     def wait_for(self, text: str, timeout: float = READY_SECONDS) -> str:
         """Wait until it writes a line with this text, and give the line; its end without is a failure."""
-        deadline = time.monotonic() + timeout
-        with self._arrived:
-            while True:
-                for line in self.lines:
-                    if text in line:
-                        return line
-                alive = self._reader.is_alive()
-                assert alive, f"it ended without {text!r}:\n{self.said}"
-                assert time.monotonic() < deadline, f"no {text!r} after {timeout:g} s:\n{self.said}"
-                self._arrived.wait(0.2)
+        line: str = self._written.wait_until(
+            lambda: next((line for line in self._written if text in line), None), f"{text!r}", timeout
+        )
+        return line
 
     @property
     def address(self) -> str:
@@ -106,9 +89,7 @@ class Boot:
     def wait(self, timeout: float = READY_SECONDS) -> int:
         """Wait for its end; gives its exit code."""
         code = self.process.wait(timeout)
-        self._reader.join(timeout)
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        self._written.close(timeout)
         return code
 
 

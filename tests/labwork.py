@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import threading
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from labbench import Boot, LabBench
+from waiting import Lines
 
 ENOUGH = "/run/lab-work-is-enough"
 ROUND_SECONDS = 60.0
@@ -52,41 +51,26 @@ class Work:
     def __init__(self, bench: LabBench, address: str, *, n_workers: int = 8) -> None:
         self._bench = bench
         self.process: subprocess.Popen[str] = bench.start_python(_WORK, address, ENOUGH, str(n_workers))
-        self._lines: list[str] = []
-        self._arrived = threading.Condition()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._arrived:
-                self._lines.append(line.strip())
-                self._arrived.notify_all()
-        with self._arrived:
-            self._arrived.notify_all()
+        self._written = Lines(self.process.stdout)
 
     @property
     def rounds(self) -> int:
         """How many rounds are over."""
-        return sum(line.isdecimal() for line in self._lines)
+        return sum(line.isdecimal() for line in self._written)
 
     def wait_rounds(self, more: int = 2, timeout: float = ROUND_SECONDS) -> None:
         """Wait until so many more rounds are over: whatever was broken is whole again, or did not matter."""
-        wanted, deadline = self.rounds + more, time.monotonic() + timeout
-        with self._arrived:
-            while self.rounds < wanted:
-                assert self._reader.is_alive(), f"the computation ended: {self.errors()}"
-                assert time.monotonic() < deadline, f"{self.rounds} of {wanted} rounds after {timeout:g} s"
-                self._arrived.wait(0.2)
+        wanted = self.rounds + more
+        self._written.wait_until(lambda: self.rounds >= wanted, f"{wanted} rounds", timeout)
 
     def finish(self, timeout: float = ROUND_SECONDS) -> Done:
         """Tell it that it is enough; gives what it has done."""
         self._bench.lab.run("client", "touch", ENOUGH)
         code = self.process.wait(timeout)
-        self._reader.join(timeout)
         assert code == 0, self.errors()
-        return Done(**json.loads(self._lines[-1]))
+        self._written.close(timeout)
+        return Done(**json.loads(self._written.lines[-1]))
 
     def errors(self) -> str:
         """What it wrote to its standard error, once it has ended."""
@@ -98,10 +82,9 @@ class Work:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self._reader.join()
-        for pipe in (self.process.stdout, self.process.stderr):
-            assert pipe is not None
-            pipe.close()
+        self._written.close(ROUND_SECONDS)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         self._bench.lab.run("client", "rm", "-f", ENOUGH)
 
 
