@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What packing saves between two sites, on slow links and fast ones: with `meshcompute.compression` auto, and off.
 
-A cluster in the lab with one worker at each of two sites, 20 ms apart, on links of several rates. Fields cross one after
-the other, packed and plain in alternating groups, because machines drift; each is timed from the start of the task
+A cluster in the lab with one worker at each of two sites, 20 ms apart, on links of several rates. Fields cross one by
+one, packed and plain in alternating groups, because machines drift; each is timed from the start of the task
 that needs it to its end. Of two kinds: as the reference has them (smooth, rounded), and random bytes, which nothing
 packs; and
 with processors to spare, and with four busy programs at the sending site.
