@@ -14,6 +14,11 @@ realizations at all heights, one height of it, minus the observations, painted a
   7  pools: the client sees no file
   8  as 7, with meshcompute.compression off
 
+Beside the reference's own calculation (``ensemble``) there are, on request, the same with predictions compressed
+(``compressed``), real data (``scenarios``: two climate scenarios), and a time series split between the sites as Zarr in
+an object store per site (``zarr``: moto's S3 server at an address of each site's own LAN, which the site's operator
+names as a service for workers; "mounted" then means that SSH forwards the store, and copies are made through that).
+
 Time is from opening the files to the painted picture; mounts, clusters and imports are there beforehand. Bytes are
 those that crossed the WAN in that time, in both directions, control plane and result included, by the lab's own
 counters; those of the data plane are checked against WireGuard's. The WAN, the hosts and the sites are emulated on this
@@ -42,12 +47,24 @@ import numpy as np
 from inlab import add_options, booted, open_lab, report, run, say, surroundings
 from reference_calculations import SITES, calculation
 from reference_figures import Floor, Row, missed_bars, render_checks, render_floor, render_table, save_pictures
-from reference_lab import Counters, Pair, Program, Programs, Progress, Reading, let_sites_mount, mounted
+from reference_lab import (
+    Counters,
+    Pair,
+    Program,
+    Programs,
+    Progress,
+    Reading,
+    forwarded,
+    let_sites_mount,
+    mounted,
+    serving,
+)
 
 from meshcompute.lab.running import RunningLab
 from meshcompute.lab.starting import find_program
 from meshcompute.lab.topology import default_hosts
 
+CALCULATIONS = ("ensemble", "compressed", "scenarios", "zarr")
 QUICK = {"scale": 0.125, "transfer": 2_000_000, "processes": 2}
 RSYNC = ("rsync", "--whole-file", "--inplace")
 SCP = ("scp", "-q", "-B")
@@ -75,6 +92,8 @@ class Way:
         Whether whole files cross the WAN.
     compression
         Setting ``meshcompute.compression``.
+    objects_title
+        For people, where the data lie in object stores; the same title if there is none.
     """
 
     method: str
@@ -83,13 +102,26 @@ class Way:
     has_mounts: bool
     moves_files: bool = False
     compression: str = "auto"
+    objects_title: str = ""
 
 
 WAYS = {
-    "1": Way(method="compute_over_mount", title="remote mount", cluster="none", has_mounts=True, moves_files=True),
+    "1": Way(
+        method="compute_over_mount",
+        title="remote mount",
+        objects_title="stores by SSH",
+        cluster="none",
+        has_mounts=True,
+        moves_files=True,
+    ),
     "2": Way(method="copy_then_compute", title="copy first", cluster="none", has_mounts=False, moves_files=True),
     "3": Way(
-        method="one_stock_cluster", title="stock Dask, mounts", cluster="mounts", has_mounts=True, moves_files=True
+        method="one_stock_cluster",
+        title="stock Dask, mounts",
+        objects_title="stock Dask, by SSH",
+        cluster="mounts",
+        has_mounts=True,
+        moves_files=True,
     ),
     "4": Way(method="a_cluster_per_site", title="cluster per site", cluster="apart", has_mounts=True),
     "5": Way(method="plain_annotations", title="plain annotations", cluster="both", has_mounts=True),
@@ -111,12 +143,15 @@ class Bench:
         The lab.
     data
         Folder with the data of each site.
+    name
+        Of the calculation.
     options
         The command line's.
     """
 
-    def __init__(self, lab: RunningLab, data: Path, options: argparse.Namespace) -> None:
-        self.lab, self.data, self.options = lab, data, options
+    def __init__(self, lab: RunningLab, data: Path, name: str, options: argparse.Namespace) -> None:
+        self.lab, self.data, self.name, self.options = lab, data, name, options
+        self.wanted = calculation(name, options.scale)
         self.counters = Counters(lab)
         self.programs = Programs(lab)
         self.copier = RSYNC if find_program("rsync") else SCP
@@ -126,24 +161,30 @@ class Bench:
         """Have the clusters that a way needs; gives their schedulers' addresses."""
         with ExitStack() as stack:
             if kind == "mounts":
-                stack.enter_context(mounted(self.lab, SITE_MOUNTS))
+                stack.enter_context(self._seen_from_afar(SITE_MOUNTS))
             sites: Sequence[Sequence[str]] = {"none": [], "apart": [[site] for site in SITES]}.get(kind, [SITES])
             arguments = ("--processes", str(self.options.processes))
             yield [stack.enter_context(booted(self.lab, *arguments, sites=names)).address for names in sites]
 
-    def measure(self, number: str, calculation_name: str, addresses: list[str]) -> Row:
+    def _seen_from_afar(self, pairs: Sequence[Pair]) -> AbstractContextManager[None]:
+        """Have the data of sites at other hosts."""
+        return (forwarded if self.wanted.has_objects else mounted)(self.lab, pairs)
+
+    def measure(self, number: str, addresses: list[str]) -> Row:
         """Measure one way once."""
         way = WAYS[number]
         what = f"({number}) {way.title}"
-        wanted = calculation(calculation_name, self.options.scale)
-        size = sum((self.data / site / file).stat().st_size for site, file in wanted.files.items())
+        size = nbytes_below(self.data)
+        # Who copies objects needs to reach the store, too; files are copied through SSH anyway.
+        has_mounts = way.has_mounts or (way.moves_files and self.wanted.has_objects)
         with ExitStack() as stack:
-            stack.enter_context(mounted(self.lab, CLIENT_MOUNTS if way.has_mounts else ()))
+            stack.enter_context(self._seen_from_afar(CLIENT_MOUNTS if has_mounts else ()))
             watch = None
             if addresses:
-                watched = {"program": "watch", "addresses": addresses, "report": REPORT}
+                watched: dict[str, Any] = {"program": "watch", "addresses": addresses, "report": REPORT}
+                watched["has_objects"] = self.wanted.has_objects
                 watch = stack.enter_context(self.programs.started(watched))
-            program = stack.enter_context(self._start(way.method, calculation_name, addresses, way.compression))
+            program = stack.enter_context(self._start(way.method, addresses, way.compression))
             if watch is not None:
                 watch.wait_for("ready")
             program.wait_for("ready")
@@ -154,24 +195,23 @@ class Bench:
             after = self.counters.read()
             seen = {} if watch is None else watch.result()
             told = program.result()
-            right = None if "error" in told else self._is_right(wanted)
+            right = None if "error" in told else self._is_right()
             if self.options.output and watch is not None:
-                name = f"{calculation_name}-{number}-report.html"
+                name = f"{self.name}-{number}-report.html"
                 shutil.copy(self._at_client(REPORT), self.options.output / name)
         if told["has_meshcompute"] != (number in OURS):
             raise RuntimeError(
                 f"{what}: the user's program {'has' if told['has_meshcompute'] else 'lacks'} meshcompute"
             )
         row = row_of(number, told=told, seen=seen, before=before, after=after)
-        return replace(
-            row, is_right=right, note="by scp" if way.method.startswith("copy") and self.copier is SCP else ""
-        )
+        is_by_scp = way.method.startswith("copy") and self.copier is SCP and not self.wanted.has_objects
+        title = (way.objects_title if self.wanted.has_objects else "") or way.title
+        return replace(row, title=title, is_right=right, note="by scp" if is_by_scp else "")
 
-    def floor(self, calculation_name: str, addresses: list[str]) -> Floor:
+    def floor(self, addresses: list[str]) -> Floor:
         """Measure what nobody can avoid."""
-        wanted = calculation(calculation_name, self.options.scale)
         pair: Pair = (SITES[0], SITES[1])
-        with self._start("one_transfer", calculation_name, addresses) as program:
+        with self._start("one_transfer", addresses) as program:
             program.wait_for("ready")
             before = self.counters.read()
             program.go()
@@ -179,7 +219,7 @@ class Bench:
             after = self.counters.read()
             told = program.result()
         there, back = (after.sent[way].nbytes - before.sent[way].nbytes for way in (pair, pair[::-1]))
-        with self._start("average_at_its_site", calculation_name, addresses) as program:
+        with self._start("average_at_its_site", addresses) as program:
             program.wait_for("ready")
             program.go()
             program.wait_for("done")
@@ -188,7 +228,7 @@ class Bench:
             if "error" in what:
                 raise RuntimeError(f"The floor could not be measured: {what['error']}")
         n = self.options.transfer
-        crossings = wanted.crossings(self.data)
+        crossings = self.wanted.crossings(self.data)
         return Floor(
             payload_nbytes=crossings.nbytes(lambda value: value.nbytes),
             packed_nbytes=crossings.nbytes(packed_nbytes),
@@ -205,14 +245,12 @@ class Bench:
         self.programs.close()
         self.counters.close()
 
-    def _start(
-        self, method: str, name: str, addresses: list[str], compression: str = "auto"
-    ) -> AbstractContextManager[Program]:
+    def _start(self, method: str, addresses: list[str], compression: str = "auto") -> AbstractContextManager[Program]:
         is_timed = method in {way.method for way in WAYS.values()}
         return self.programs.started(
             {
                 "program": method,
-                "calculation": name,
+                "calculation": self.name,
                 "scale": self.options.scale,
                 "addresses": addresses,
                 "copier": self.copier,
@@ -226,9 +264,14 @@ class Bench:
     def _at_client(self, path: str) -> Path:
         return Path(f"/proc/{self.lab.status().pids['client']}/root{path}")
 
-    def _is_right(self, wanted: Any) -> bool:
+    def _is_right(self) -> bool:
         result = np.load(self._at_client(RESULT))
-        return bool(np.allclose(result, wanted.expected(self.data), rtol=0, atol=wanted.tolerance))
+        return bool(np.allclose(result, self.wanted.expected(self.data), rtol=0, atol=self.wanted.tolerance))
+
+
+def nbytes_below(folder: Path) -> int:
+    """Size of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def packed_nbytes(value: np.ndarray) -> int:
@@ -244,7 +287,9 @@ def row_of(number: str, *, told: Mapping[str, Any], seen: Mapping[str, Any], bef
     workers = [*seen.get("workers", []), *told.get("workers", [])]
     reads = [(str(worker["name"]), path, n) for worker in workers for path, n in worker["reads"].items()]
     # A worker's name begins with its site's; those of a client's own cluster are numbers.
-    away = sum(n for name, path, n in reads if path.startswith("/data/") and not name.startswith(path.split("/")[2]))
+    away = sum(
+        n for name, path, n in reads if path.startswith(("/data/", "s3://")) and not name.startswith(path.split("/")[2])
+    )
     return Row(
         number=number,
         title=WAYS[number].title,
@@ -298,13 +343,15 @@ def measure_all(options: argparse.Namespace, name: str, data: Path) -> tuple[lis
     floor = None
     hosts = tuple(replace(h, data=str(data / h.name)) if h.is_site else h for h in default_hosts())
     shape = {"rate_bits_per_second": options.rate * 1e6, "delay_seconds": options.round_trip / 2e3}
-    nbytes = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
+    nbytes = nbytes_below(data)
     say(f"{name}: {nbytes / 2**20:.1f} MiB at the sites; about {estimate_seconds(options, nbytes) / 60:.0f} min")
     with ExitStack() as stack:
         lab = stack.enter_context(open_lab(options.image, hosts=hosts, **shape))
         let_sites_mount(lab)
-        bench = Bench(lab, data, options)
+        bench = Bench(lab, data, name, options)
         stack.callback(bench.close)
+        if bench.wanted.has_objects:
+            stack.enter_context(serving(lab))
         bench.programs.wait_listening()
         for kind in dict.fromkeys(WAYS[number].cluster for number in options.ways):
             began = time.monotonic()
@@ -314,8 +361,8 @@ def measure_all(options: argparse.Namespace, name: str, data: Path) -> tuple[lis
                 for number in options.ways:
                     if WAYS[number].cluster == kind:
                         if floor is None and number in OURS:  # not before 5: from here on values are packed
-                            floor = bench.floor(name, addresses)
-                        rows.append(bench.measure(number, name, addresses))
+                            floor = bench.floor(addresses)
+                        rows.append(bench.measure(number, addresses))
                         say(f"  {rows[-1]}")
     return rows, floor
 
@@ -326,7 +373,7 @@ def main() -> int:
     parser.add_argument("--rate", type=float, default=30.0, metavar="MBIT", help="of each link, each way, in Mbit/s")
     parser.add_argument("--round-trip", type=float, default=20.0, metavar="MS", help="delay there and back")
     parser.add_argument("--ways", default=",".join(WAYS), help="which, e.g. 2,7")
-    parser.add_argument("--calculations", default="ensemble", help="of ensemble,compressed,scenarios")
+    parser.add_argument("--calculations", default="ensemble", help="of ensemble,compressed,scenarios,zarr, or all")
     parser.add_argument("--quick", action="store_true", help=f"scale {QUICK['scale']:g}, a few minutes in all")
     parser.add_argument("--data", type=Path, help="folder that keeps the data for another run")
     parser.add_argument("--output", type=Path, help="folder for pictures, Dask's performance reports and figures")
@@ -336,10 +383,10 @@ def main() -> int:
     options.scale = QUICK["scale"] if options.quick else options.scale
     options.processes = QUICK["processes"] if options.quick else 4
     options.ways = options.ways.split(",")
-    options.calculations = options.calculations.split(",")
+    options.calculations = CALCULATIONS if options.calculations == "all" else options.calculations.split(",")
     if unknown := set(options.ways) - set(WAYS):
         parser.error(f"unknown ways: {', '.join(sorted(unknown))}")
-    if unknown := set(options.calculations) - {"ensemble", "compressed", "scenarios"}:
+    if unknown := set(options.calculations) - set(CALCULATIONS):
         parser.error(f"unknown calculations: {', '.join(sorted(unknown))}")
     if find_program("sshfs") is None or not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise RuntimeError("Remote mounts need sshfs and /dev/fuse: apt-get install sshfs")
@@ -352,7 +399,8 @@ def main() -> int:
     with open_data(options) as data:
         for name in options.calculations:
             rows, floor = measure_all(options, name, data / f"{name}-{options.scale:g}")
-            title = calculation(name, options.scale).title
+            wanted = calculation(name, options.scale)
+            title = wanted.title
             print(
                 f"\n{title}\n{where}\n{options.rate:g} Mbit/s and {options.round_trip:g} ms there and back per link\n"
             )
@@ -360,7 +408,12 @@ def main() -> int:
             if floor is not None:
                 print(render_floor(floor, rows))
             print(render_checks(rows))
-            missed += [f"{name}: {line}" for line in missed_bars(rows, floor, is_full=options.scale == 1)]
+            missed += [
+                f"{name}: {line}"
+                for line in missed_bars(
+                    rows, floor, is_full=options.scale == 1 and name == CALCULATIONS[0], held_to=wanted.held_to
+                )
+            ]
             results["calculations"][name] = {
                 "title": title,
                 "rows": [asdict(row) for row in rows],

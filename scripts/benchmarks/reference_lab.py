@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from inlab import HOSTS, SITES, say, wait_until
+from reference_calculations import STORE_PORT, store_name
 
 from meshcompute.lab.running import Link, RunningLab
 
@@ -24,11 +25,17 @@ HERE = Path(__file__).resolve().parent
 SITE_FILE = "/etc/meshcompute/site.toml"
 PROGRAMS_SOCKET = "/tmp/reference.socket"  # noqa: S108 - the lab's own
 PROGRAM_SECONDS = 7200.0
+PROGRAM_END_SECONDS = 10.0
 TICK_SECONDS = 2.0
 QUIET_TRIES = 10
 # Read-only, for all users, pages kept as long as the kernel wants: the files do not change.
 SSHFS_OPTIONS = "ro,allow_other,kernel_cache,attr_timeout=3600,entry_timeout=3600,reconnect,Compression=no"
 Pair = tuple[str, str]
+# On the LAN of each site, of which the WAN knows nothing.
+STORES = {"ecmwf": "10.1.0.5", "eumetsat": "10.2.0.5"}
+# Where another host finds a site's store while SSH forwards it there.
+FORWARDED = {"ecmwf": "127.0.1.1", "eumetsat": "127.0.1.2"}
+_FORWARD = "ssh -N -o Compression=no -L {here}:{port}:{store}:{port} {site} & read end; kill $!; wait $!"
 
 # On a host, for every line: what each WireGuard interface has sent to each peer. wireguard-go's are found by control
 # sockets, which the keepers' mount namespaces have; the kernel's show themselves in their network namespaces only.
@@ -268,10 +275,45 @@ def _unmount(lab: RunningLab, host: str, folder: str) -> None:
     wait_until(lambda: lab.run(host, "umount", folder, check=False).returncode == 0, f"{host} lets {folder} go")
 
 
-def let_sites_mount(lab: RunningLab) -> None:
-    """Do what operators would: sites may log in at each other, and workers see the folder of the other site.
+@contextmanager
+def forwarded(lab: RunningLab, forwards: Iterable[Pair]) -> Iterator[None]:
+    """Have the object stores of sites at hosts, through SSH: (host, site)."""
+    with ExitStack() as stack:
+        for host, site in forwards:
+            command = _FORWARD.format(here=FORWARDED[site], port=STORE_PORT, store=STORES[site], site=SITES[site])
+            process = lab.popen(host, "sh", "-c", command, stdin=subprocess.PIPE, start_new_session=True)
+            stack.callback(process.wait, PROGRAM_END_SECONDS)
+            assert process.stdin is not None
+            stack.callback(process.stdin.close)
+            asked = ("ss", "-Hltn", f"src {FORWARDED[site]}:{STORE_PORT}")
+            wait_until(lambda h=host, a=asked: lab.run(h, *a).stdout, f"{host} forwards to the store of {site}")
+        yield
 
-    That folder is empty until something is mounted there.
+
+@contextmanager
+def serving(lab: RunningLab) -> Iterator[None]:
+    """Have an object store at each site, with what lies in the site's folder, which only hosts of the site reach."""
+    with ExitStack() as stack:
+        for site, address in STORES.items():
+            lab.run(site, "ip", "address", "add", f"{address}/32", "dev", "lo")
+            command = (sys.executable, str(HERE / "reference_store.py"), address, site, f"/data/{site}")
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+            process = lab.popen(site, *command, text=True, stderr=subprocess.DEVNULL, **pipes)
+            stack.callback(process.wait, PROGRAM_END_SECONDS)
+            stack.callback(process.stdout.close)
+            stack.callback(process.stdin.close)
+            if process.stdout.readline() != "serving\n":
+                raise RuntimeError(f"The object store of {site} ended with {process.wait()}")
+        names = "".join(f"{FORWARDED[site]}\t{store_name(site)}\n" for site in SITES)
+        lab.run("client", "sh", "-c", "cat >>/etc/hosts", input=names)
+        yield
+
+
+def let_sites_mount(lab: RunningLab) -> None:
+    """Do what operators would: sites may log in at each other, and workers see what is at the other site.
+
+    The folder of the other site is empty until something is mounted there, and its object store does not answer until
+    it is forwarded.
     """
     copied = ("config", "id_ed25519", "known_hosts")
     files = {name: lab.run("client", "cat", f"/root/.ssh/{name}").stdout for name in copied}
@@ -280,7 +322,9 @@ def let_sites_mount(lab: RunningLab) -> None:
             write = f"umask 077; mkdir -p /root/.ssh; cat >/root/.ssh/{name}"
             lab.run(site, "sh", "-c", write, input=text)
         folders = ", ".join(f'"/data/{name}"' for name in SITES)
-        edit = f"s#^data_folders = .*#data_folders = [{folders}]#"
+        stores = {name: address if name == site else FORWARDED[name] for name, address in STORES.items()}
+        services = ", ".join(f'"{store_name(name)}" = "{at}:{STORE_PORT}"' for name, at in stores.items())
+        edit = f"s#^data_folders = .*#data_folders = [{folders}]#; s#^endpoints = .*#&\\nservices = {{ {services} }}#"
         lab.run(
             site, "sh", "-c", f"mkdir -p {' '.join(f'/data/{name}' for name in SITES)}; sed -i '{edit}' {SITE_FILE}"
         )

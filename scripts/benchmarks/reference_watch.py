@@ -19,11 +19,14 @@ from distributed import Client
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
-def start_watching() -> None:
+def start_watching(*, has_objects: bool = False) -> None:
     """On a worker: import what tasks need, count reads by path from now on, and forget the peak of memory."""
     from collections import Counter
 
     from xarray.backends.netCDF4_ import NetCDF4ArrayWrapper
+
+    if has_objects:
+        watch_zarr()
 
     if not hasattr(NetCDF4ArrayWrapper, "plain_getitem"):
         plain = NetCDF4ArrayWrapper.plain_getitem = NetCDF4ArrayWrapper._getitem
@@ -35,6 +38,24 @@ def start_watching() -> None:
         NetCDF4ArrayWrapper._getitem = counted
     NetCDF4ArrayWrapper.reads = Counter()
     reset_peak()
+
+
+def watch_zarr() -> None:
+    """Count reads of Zarr, too; those of object stores by their address."""
+    import s3fs  # noqa: F401 - imported beforehand, as everything that tasks need
+    from xarray.backends.netCDF4_ import NetCDF4ArrayWrapper
+    from xarray.backends.zarr import ZarrArrayWrapper
+
+    if hasattr(ZarrArrayWrapper, "plain_getitem"):
+        return
+    plain = ZarrArrayWrapper.plain_getitem = ZarrArrayWrapper.__getitem__
+
+    def counted(self: Any, key: Any) -> Any:
+        store = self._array.store
+        NetCDF4ArrayWrapper.reads[f"s3://{store.path}" if hasattr(store, "fs") else str(store.root)] += 1
+        return plain(self, key)
+
+    ZarrArrayWrapper.__getitem__ = counted
 
 
 def stop_watching(dask_worker: Any) -> dict[str, Any]:
@@ -86,7 +107,7 @@ def watch(options: dict[str, Any]) -> None:
     with ExitStack() as stack:
         clients = [stack.enter_context(Client(address, set_as_default=False)) for address in options["addresses"]]
         for client in clients:
-            client.run(start_watching)
+            client.run(start_watching, has_objects=options["has_objects"])
         first = clients[0]
         with first.as_current(), performance_report(options["report"]), get_task_stream(first) as stream:
             traffic = [stack.enter_context(measure_traffic(client)) for client in clients]

@@ -10,9 +10,9 @@ result as JSON. Ways 1 to 5 never import meshcompute.
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +24,6 @@ import cloudpickle
 import dask
 import matplotlib as mpl
 import numpy as np
-import xarray as xr
 from distributed import Client, wait
 from reference_calculations import SITES, calculation
 from reference_watch import peak_nbytes, reset_peak, say, start_watching, stop_watching, wait_for_go
@@ -53,14 +52,9 @@ class Way:
         self.options = options
         self.told: dict[str, Any] = {}
 
-    def paths(self, top: str = "/data") -> dict[str, str]:
-        """Where each file is: the same path everywhere."""
-        return {site: f"{top}/{site}/{file}" for site, file in self.calculation.files.items()}
-
-    def open(self, path: str) -> xr.Dataset:
-        """Open a file that this host sees."""
-        with dask.config.set(self.calculation.config):
-            return xr.open_dataset(path).chunk(self.calculation.chunks)
+    def define(self) -> Any:
+        """Define the calculation on what this host sees."""
+        return self.calculation.define(*map(self.calculation.open, SITES))
 
     # The ways. Each is a context that gives what is measured; what a user has ready beforehand is outside of it.
 
@@ -68,7 +62,7 @@ class Way:
     def compute_over_mount(self) -> Iterator[Work]:
         """(1) Everything here, the files over a remote mount."""
         with self._local_client():
-            yield lambda: self.calculation.define(*map(self.open, self.paths().values())).compute()
+            yield lambda: self.define().compute()
 
     @contextmanager
     def copy_then_compute(self) -> Iterator[Work]:
@@ -76,12 +70,10 @@ class Way:
         top = Path.home() / "data"
 
         def work() -> Any:
-            copies = self.paths(str(top))
-            for site, path in self.paths().items():
-                Path(copies[site]).parent.mkdir(parents=True, exist_ok=True)
-                subprocess.run([*self.options["copier"], f"{site}:{path}", copies[site]], check=True)
+            for site in SITES:
+                self.calculation.copy(site, top, self.options["copier"])
             self.told["copied_seconds"] = time.perf_counter() - self.began
-            return self.calculation.define(*map(self.open, copies.values())).compute()
+            return self.calculation.define(*(self.calculation.open(site, str(top)) for site in SITES)).compute()
 
         with self._local_client():
             yield work
@@ -91,20 +83,16 @@ class Way:
     def one_stock_cluster(self) -> Iterator[Work]:
         """(3) One cluster over both sites, each file mounted at the other site, no pools."""
         with Client(self.addresses[0]):
-            yield lambda: self.calculation.define(*map(self.open, self.paths().values())).compute()
+            yield lambda: self.define().compute()
 
     @contextmanager
     def a_cluster_per_site(self) -> Iterator[Work]:
         """(4) A cluster at each site; the user brings the parts together."""
 
         def work() -> Any:
-            predictions, observations = map(self.open, self.paths().values())
-            first, second = clients
-            if self.calculation.name == "scenarios":
-                observations = self.calculation.average(observations)
-            parts = [first.compute(self.calculation.average(predictions)), second.compute(observations)]
-            left, right = (part.result() for part in parts)
-            return left - right
+            parts = self.calculation.parts(*map(self.calculation.open, SITES))
+            futures = [client.compute(part) for client, part in zip(clients, parts, strict=True)]
+            return self.calculation.combine(*(future.result() for future in futures))
 
         with (
             Client(self.addresses[0], set_as_default=False) as one,
@@ -119,9 +107,9 @@ class Way:
 
         def work() -> Any:
             datasets = []
-            for site, path in self.paths().items():
+            for site in SITES:
                 with dask.annotate(resources={f"pool-{site}": 1}):
-                    datasets.append(self.open(path))
+                    datasets.append(self.calculation.open(site))
             return self.calculation.define(*datasets).compute(optimize_graph=False)
 
         with Client(self.addresses[0]) as client:
@@ -135,9 +123,9 @@ class Way:
 
         def define() -> Any:
             datasets = []
-            for site, path in self.paths().items():
+            for site in SITES:
                 with pool(site):
-                    datasets.append(self.open(path))
+                    datasets.append(self.calculation.open(site))
             return self.calculation.define(*datasets)
 
         with Client(self.addresses[0]), propagate_pools():
@@ -162,7 +150,7 @@ class Way:
 
         def work() -> Any:
             with pool(SITES[0]):
-                wait(self.calculation.average(self._open_remotely(SITES[0])).persist())
+                wait(self.calculation.average(self.calculation.open_remotely(SITES[0])).persist())
 
         with Client(self.addresses[0]), propagate_pools():
             yield work
@@ -178,14 +166,8 @@ class Way:
             wait(data)
             yield lambda: client.submit(len, data, workers=[second]).result()
 
-    def _open_remotely(self, site: str) -> xr.Dataset:
-        from meshcompute import open_dataset
-
-        with dask.config.set(self.calculation.config):
-            return open_dataset(site, self.paths()[site], chunks=self.calculation.chunks)
-
     def _define_remotely(self) -> Any:
-        return self.calculation.define(*map(self._open_remotely, SITES))
+        return self.calculation.define(*map(self.calculation.open_remotely, SITES))
 
     def _explain(self, collection: Any) -> None:
         from meshcompute import explain
@@ -197,7 +179,7 @@ class Way:
     @contextmanager
     def _local_client(self) -> Iterator[None]:
         with Client(dashboard_address=None, local_directory="/tmp/dask-local") as client:  # noqa: S108 - the lab's own
-            client.run(start_watching)
+            client.run(start_watching, has_objects=self.calculation.has_objects)
             yield
             self.told["workers"] = list(client.run(stop_watching).values())
 
@@ -206,6 +188,9 @@ class Way:
     def run(self) -> None:
         """Compute when the benchmark says so, and tell what came of it."""
         dask.config.set({"meshcompute.compression": self.options["compression"]})
+        if self.calculation.has_objects:
+            importlib.import_module("s3fs")  # as everything else, before the time begins
+            importlib.import_module("xarray.backends.zarr")
         context = getattr(self, self.options["program"])()
         with context as work:
             reset_peak()

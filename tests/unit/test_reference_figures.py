@@ -62,6 +62,14 @@ def test_a_bar_that_is_missed_is_named(figures, rows, wrong, said):
     assert said in missed[0]
 
 
+def test_where_the_data_are_small_ours_need_not_be_ahead_but_must_be_right(figures, rows):
+    slow = replace(rows[1], seconds=9, sent={"a>b": sent(50 * MIB)})
+    assert figures.missed_bars([rows[0], slow], None, is_full=False, held_to=()) == []
+    assert len(figures.missed_bars([rows[0], slow], None, is_full=False, held_to={"bytes"})) == 1
+    wrong = replace(slow, is_right=False)
+    assert figures.missed_bars([rows[0], wrong], None, is_full=False, held_to=()) != []
+
+
 def test_what_passed_while_counters_were_read_is_no_difference(figures, rows):
     off_by_2000 = sent(0, 1_002_000, 1000, 1_000_000 - 28 * 1000)
     row = replace(rows[1], settled=[off_by_2000])
