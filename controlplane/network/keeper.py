@@ -49,7 +49,8 @@ LOG_LINES = 20
 PACKET_NBYTES = 65536
 CONTROL_FOLDER = Path("/run/wireguard")
 
-# A gateway forwards, answers no router, and knows its addresses at once (nobody else can have them).
+# A gateway forwards, answers no router, and knows its addresses at once (nobody else can have them). A service may have
+# a low port, such as 443, for which this process would need one right more.
 SYSCTLS = {
     "net/ipv6/conf/all/disable_ipv6": "0",
     "net/ipv6/conf/default/disable_ipv6": "0",
@@ -58,6 +59,7 @@ SYSCTLS = {
     "net/ipv6/conf/default/accept_ra": "0",
     "net/ipv6/conf/default/accept_redirects": "0",
     "net/ipv6/conf/all/forwarding": "1",
+    "net/ipv4/ip_unprivileged_port_start": "0",  # for IPv6, too
 }
 # Forwarded is what goes from this cluster to this cluster, and comes from where its sender is. The gateway itself
 # answers pings and says when a packet is too big; it listens to nothing but what the operator lets workers reach.

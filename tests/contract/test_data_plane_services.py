@@ -6,13 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
-from planebench import Cluster, Namespace, connects, conversation, listener, ping, wait_for
+from planebench import Cluster, Host, Namespace, connects, conversation, listener, ping, wait_for
 
 from controlplane.config import Service
-from controlplane.network.topology import address_of, service_address_of
+from controlplane.network.topology import GatewayConfig, address_of, random_prefix, service_address_of
 
 NAME = "objects.example"
 
@@ -136,6 +137,24 @@ def test_a_relay_has_no_rights_is_mended_when_killed_and_goes_with_the_gateway(c
     os.kill(keeper, signal.SIGKILL)
     wait_for("the end of the relay", lambda: not Path(f"/proc/{pid}").exists())
     wait_for("a connection through the next one", lambda: connects(cluster.workers[1], address, port), seconds=15)
+
+
+def test_the_rights_of_the_unit_are_enough_for_a_service_at_a_low_port(wireguard, tmp_path):
+    rights = "-all,+net_admin,+sys_admin,+sys_chroot,+sys_ptrace,+setuid,+setgid,+kill"
+    host = Host(8, wireguard, tmp_path, wrapper=("setpriv", "--bounding-set", rights, "--no-new-privs"))
+    config = GatewayConfig(cluster_id=uuid.uuid4().hex, prefix=random_prefix(), site=1, deadline_seconds=20)
+    worker = Namespace()
+    try:
+        host.ensure(dataclasses.replace(config, services=(Service(name=NAME, host="127.0.0.1", port=443),)))
+        host.attach(config, worker, 11)
+        with listener(host, 443):
+            assert connects(worker, str(service_address_of(config.prefix, 1, NAME)), 443)
+        host.ensure(config)
+        assert relays(host) == []
+        host.call("remove", cluster_id=config.cluster_id)
+    finally:
+        worker.close()
+        host.close()
 
 
 def test_where_the_service_does_not_answer_its_user_is_told_at_once(cluster, serve):
