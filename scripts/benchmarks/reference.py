@@ -173,7 +173,8 @@ class Bench:
     def measure(self, number: str, addresses: list[str]) -> Row:
         """Measure one way once."""
         way = WAYS[number]
-        what = f"({number}) {way.title}"
+        title = (way.objects_title if self.wanted.has_objects else "") or way.title
+        what = f"({number}) {title}"
         size = nbytes_below(self.data)
         # Who copies objects needs to reach the store, too; files are copied through SSH anyway.
         has_mounts = way.has_mounts or (way.moves_files and self.wanted.has_objects)
@@ -205,7 +206,6 @@ class Bench:
             )
         row = row_of(number, told=told, seen=seen, before=before, after=after)
         is_by_scp = way.method.startswith("copy") and self.copier is SCP and not self.wanted.has_objects
-        title = (way.objects_title if self.wanted.has_objects else "") or way.title
         return replace(row, title=title, is_right=right, note="by scp" if is_by_scp else "")
 
     def floor(self, addresses: list[str]) -> Floor:
