@@ -28,6 +28,7 @@ PROGRAM_SECONDS = 7200.0
 PROGRAM_END_SECONDS = 10.0
 TICK_SECONDS = 2.0
 QUIET_TRIES = 10
+TELLING_SHARE = 0.02  # of the bytes: before so much has crossed, nobody can say how long the rest takes
 # Read-only, for all users, pages kept as long as the kernel wants: the files do not change.
 SSHFS_OPTIONS = "ro,allow_other,kernel_cache,attr_timeout=3600,entry_timeout=3600,reconnect,Compression=no"
 Pair = tuple[str, str]
@@ -368,5 +369,6 @@ class Progress:
         self._next = now + 30
         crossed = self._counters.total_nbytes() - self._first
         rest = (self._expected - crossed) / max(1.0, crossed / (now - self._began))
-        left = f", about {rest / 60:.1f} min left" if self._expected and rest > 0 else ""
+        is_known = rest > 0 and crossed > self._expected * TELLING_SHARE > 0
+        left = f", about {rest / 60:.1f} min left" if is_known else ""
         say(f"    {self._what}: {crossed / 2**20:.1f} MiB have crossed in {now - self._began:.0f} s{left}")
