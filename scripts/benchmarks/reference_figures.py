@@ -343,14 +343,14 @@ def _save_bars(rows: Sequence[Row], floor: Floor | None, path: Path, title: str)
     ]
     for ax, label, values, least in sides:
         bars = ax.barh(names, values, color=colours)
-        ax.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, fontsize=9)
+        ax.bar_label(bars, [_three_digits(value) for value in values], padding=3, fontsize=9)
         ax.set_xscale("log")
         ax.set_xlim(min([*values, least or values[0]]) / 2, max(values) * 4)
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
         ax.set_xlabel(label)
         if least:
-            ax.axvline(least, color="#D55E00", linestyle="--", linewidth=1.2, label=f"floor {least:.3g}")
+            ax.axvline(least, color="#D55E00", linestyle="--", linewidth=1.2, label=f"floor {_three_digits(least)}")
             ax.legend(fontsize=8, loc="lower right")
         for side in ("top", "right"):
             ax.spines[side].set_visible(False)
@@ -364,6 +364,10 @@ def _save_bars(rows: Sequence[Row], floor: Floor | None, path: Path, title: str)
 class _Measured:
     bytes_between_pools: Mapping[tuple[str, str], int]
     pools: tuple[str, ...] = ()
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _save_traffic(row: Row, path: Path) -> None:
