@@ -155,9 +155,19 @@ class Counters:
     def close(self) -> None:
         """End the programs that look."""
         for process in self._asked.values():
-            process.stdin.close()
-            process.wait(10)
-            process.stdout.close()
+            _end(process)
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """End a program on a host that ends with its input, and by force if it does not: the figures are there already."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    try:
+        process.wait(PROGRAM_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _sent(links: Mapping[Pair, Link], wireguard: Mapping[Pair, int]) -> dict[Pair, Sent]:
@@ -283,9 +293,7 @@ def forwarded(lab: RunningLab, forwards: Iterable[Pair]) -> Iterator[None]:
         for host, site in forwards:
             command = _FORWARD.format(here=FORWARDED[site], port=STORE_PORT, store=STORES[site], site=SITES[site])
             process = lab.popen(host, "sh", "-c", command, stdin=subprocess.PIPE, start_new_session=True)
-            stack.callback(process.wait, PROGRAM_END_SECONDS)
-            assert process.stdin is not None
-            stack.callback(process.stdin.close)
+            stack.callback(_end, process)
             asked = ("ss", "-Hltn", f"src {FORWARDED[site]}:{STORE_PORT}")
             wait_until(lambda h=host, a=asked: lab.run(h, *a).stdout, f"{host} forwards to the store of {site}")
         yield
@@ -300,9 +308,7 @@ def serving(lab: RunningLab) -> Iterator[None]:
             command = (sys.executable, str(HERE / "reference_store.py"), address, site, f"/data/{site}")
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
             process = lab.popen(site, *command, text=True, stderr=subprocess.DEVNULL, **pipes)
-            stack.callback(process.wait, PROGRAM_END_SECONDS)
-            stack.callback(process.stdout.close)
-            stack.callback(process.stdin.close)
+            stack.callback(_end, process)
             if process.stdout.readline() != "serving\n":
                 raise RuntimeError(f"The object store of {site} ended with {process.wait()}")
         names = "".join(f"{FORWARDED[site]}\t{store_name(site)}\n" for site in SITES)
