@@ -34,6 +34,7 @@ SCHEDULER_MODULES = (
     "pools",
     "hypergraph",
     "placement",
+    "tablesizes",
     "sizes",
     "pinnedtasks",
     "taskgraph",

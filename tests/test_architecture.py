@@ -46,6 +46,7 @@ TRAVELLING = [
     "pools",
     "hypergraph",
     "placement",
+    "tablesizes",
     "sizes",
     "pinnedtasks",
     "taskgraph",
