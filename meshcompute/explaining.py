@@ -1,12 +1,13 @@
 """The plan, before anything runs: which pool does what, and what will cross between pools.
 
-Covers :func:`explain` and the :class:`Plan` it returns, and the questions about a collection's pins,
-:func:`get_pool` and :func:`propagate_pools_in_collection`. Does not cover pictures (:mod:`meshcompute.plots`)
+Covers :func:`explain` and the :class:`Plan` it returns, with how sure its sizes are, and the questions about a collection's
+pins, :func:`get_pool` and :func:`propagate_pools_in_collection`. Does not cover pictures (:mod:`meshcompute.plots`)
 or what was measured in a run (:mod:`meshcompute.traffic`).
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections import Counter, defaultdict
@@ -23,11 +24,14 @@ from dask.utils import format_bytes
 from distributed.client import _get_global_client
 
 from meshcompute import pinnedtasks, planning, taskgraph
+from meshcompute.comparing import Comparison
 from meshcompute.errors import NotACollectionError
-from meshcompute.live import ClientView, EmptyView, View
+from meshcompute.learning import Sure, group_of
+from meshcompute.live import ClientView, EmptyView, View, answer_view
 from meshcompute.packing import AUTO, OFF, mode_of
 from meshcompute.pools import Pin, activate, current_pin, pin_of_annotations
 from meshcompute.settings import setting
+from meshcompute.shipping import by_value
 
 __all__ = ["CLIENT", "Crossing", "Plan", "explain", "get_pool", "propagate_pools_in_collection"]
 
@@ -85,6 +89,10 @@ class Plan:
     bytes_between_pools : dict of (str, str) to int
         Predicted bytes from a source to a destination pool, or to ``"client"``. A value counts once per
         destination, with its size in memory: packed, fewer bytes cross, how many nobody knows before the run.
+    bytes_by_certainty : dict of str to int
+        Predicted bytes that cross, by how sure their sizes are: ``"measured"`` (the values are in memory),
+        ``"from metadata"`` (chunks and dtypes, literals, rows that files count), ``"learnt"`` (from earlier runs on
+        this scheduler), ``"guessed"``.
     compression : str
         What happens to values between sites: ``"auto"``, ``"off"`` or a codec.
     crossings : tuple of Crossing
@@ -105,12 +113,15 @@ class Plan:
                 produced[pools[key]] += int(self._nbytes(key))
         self.bytes_by_pool: dict[str, int] = dict(sorted(produced.items()))
         between: Counter[tuple[str, str]] = Counter()
+        certainty: Counter[str] = Counter()
         kinds: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
         for key, reader, source, destination in self._crossings():
             nbytes = self._nbytes(key)
             between[source, destination] += int(nbytes)
+            certainty[self.certainty_of(key)] += int(nbytes)
             kinds[taskgraph.name_of(key), reader, source, destination].append(nbytes)
         self.bytes_between_pools: dict[tuple[str, str], int] = dict(sorted(between.items()))
+        self.bytes_by_certainty: dict[str, int] = {sure: certainty[sure] for sure in Sure.ALL if sure in certainty}
         self.crossings = tuple(
             sorted(
                 (
@@ -123,6 +134,43 @@ class Plan:
 
     def _nbytes(self, key: Key) -> float:
         return self._assignment.nbytes_by_key.get(key, 0.0)
+
+    def certainty_of(self, key: Key) -> str:
+        """Tell how sure the size of a value is; the words are those of ``bytes_by_certainty``.
+
+        Parameters
+        ----------
+        key
+            Key of a task of the plan.
+        """
+        assignment = self._assignment
+        key = assignment.relays.get(key, key)
+        if key in assignment.measured:
+            return Sure.MEASURED
+        if group_of(key) in assignment.learnt:
+            return Sure.LEARNT
+        return Sure.GUESSED if key in assignment.guessed else Sure.EXACT
+
+    def against(self, traffic: Any) -> Comparison:
+        """Put what was predicted beside what was measured.
+
+        Parameters
+        ----------
+        traffic
+            Of the run that this plan was made for: what :func:`meshcompute.measure_traffic` gives, or bytes by
+            (source, destination).
+
+        Returns
+        -------
+        Comparison
+            A table when printed.
+
+        Notes
+        -----
+        Data that the client itself sends, as arguments in tasks or by ``scatter``, is measured and not predicted.
+        """
+        measured = getattr(traffic, "bytes_between_pools", traffic)
+        return Comparison(self.bytes_between_pools, measured)
 
     def _crossings(self) -> Iterator[tuple[Key, str, str, str]]:
         assignment = self._assignment
@@ -216,6 +264,8 @@ class Plan:
             lines.append("nothing crosses between pools")
         elif self.compression != OFF:
             lines.append(_packing_note(self.compression))
+        if self.bytes_by_certainty:
+            lines.append(self._certainty_note())
         if self.crossings:
             lines += ["", "largest crossings"]
             lines += [
@@ -228,6 +278,9 @@ class Plan:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _certainty_note(self) -> str:
+        return "sizes: " + ", ".join(f"{format_bytes(n)} {sure}" for sure, n in self.bytes_by_certainty.items())
 
     def _repr_html_(self) -> str:
         def table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
@@ -253,6 +306,7 @@ class Plan:
         )
         is_packed = self.compression != OFF and self.bytes_between_pools
         note = f"<p>{_packing_note(self.compression)}</p>" if is_packed else ""
+        note += f"<p>{self._certainty_note()}</p>" if self.bytes_by_certainty else ""
         return f"<div><b>Plan: {self.n_tasks} tasks</b>{tasks}{between}{note}{crossings}</div>"
 
 
@@ -297,7 +351,9 @@ def explain(*collections: Any) -> Plan:
 
 
 def _assign(expr: Any, keys: tuple[Key, ...]) -> planning.Assignment:
-    request = planning.Request(keys=keys, pin=current_pin(), is_propagating=True)
+    request = planning.Request(
+        keys=keys, pin=current_pin(), is_propagating=True, is_regrouping=bool(setting("regroup-reductions"))
+    )
     return planning.assign(expr, request, _view())
 
 
@@ -305,13 +361,8 @@ def _view() -> View:
     client = _get_global_client()
     if client is None or client.asynchronous or client.status != "running":
         return EmptyView()
-    identity = client.sync(client.scheduler.identity)
-    keys = list(client.futures)
-    return ClientView(
-        {address: worker["resources"] for address, worker in identity["workers"].items()},
-        client.sync(client.scheduler.who_has, keys=keys) if keys else {},
-        client.sync(client.scheduler.nbytes, keys=keys, summary=False) if keys else {},
-    )
+    ask = functools.partial(client.run_on_scheduler, by_value(answer_view))
+    return ClientView(ask, list(client.futures))
 
 
 def get_pool(collection: Any) -> str | tuple[str, ...] | None:

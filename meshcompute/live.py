@@ -6,16 +6,17 @@ Covers three views with one face: a scheduler's own state (:class:`SchedulerView
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dask._task_spec import GraphNode
 from dask.typing import Key
 
+from meshcompute.learning import Kind
 from meshcompute.pools import pools_of_resources
 
-__all__ = ["ClientView", "EmptyView", "Known", "SchedulerView", "View"]
+__all__ = ["ClientView", "EmptyView", "Known", "SchedulerView", "View", "answer_view"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,12 @@ class View(Protocol):
     def known(self, key: Key) -> Known | None:
         """Tell what is known about a task, None if nothing."""
 
+    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
+        """Tell the mean measured sizes of those kinds of tasks that have run before."""
+
+    def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
+        """Note which groups of tasks will run, to learn their sizes."""
+
 
 class EmptyView:
     """No cluster."""
@@ -62,6 +69,13 @@ class EmptyView:
     def known(self, key: Key) -> Known | None:
         """Know nothing."""
         return None
+
+    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
+        """Have learnt nothing."""
+        return {}
+
+    def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
+        """Expect nothing."""
 
 
 class SchedulerView:
@@ -97,29 +111,32 @@ class SchedulerView:
             return None
         return Known(nbytes=-1.0, pools=pools_of_resources(ts.resource_restrictions), task=ts.run_spec)
 
+    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
+        """Tell the mean measured sizes of those kinds of tasks that have run before."""
+        found: dict[Kind, float] = self._scheduler.pool_sizes.learnt(kinds)
+        return found
+
+    def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
+        """Note which groups of tasks will run, to learn their sizes."""
+        self._scheduler.pool_sizes.expect(kind_by_group)
+
 
 class ClientView:
-    """What a client knows: asked of its scheduler once.
+    """What a client knows: asked of its scheduler.
 
     Parameters
     ----------
-    resources_by_worker
-        Worker resources by address.
-    who_has
-        Addresses of the holders by key, of values in memory.
-    nbytes
-        Sizes by key, of values in memory.
+    ask
+        Calls :func:`answer_view` on the scheduler.
+    keys
+        Keys that the client holds.
     """
 
-    def __init__(
-        self,
-        resources_by_worker: dict[str, Iterable[str]],
-        who_has: dict[Key, Iterable[str]],
-        nbytes: dict[Key, int],
-    ) -> None:
-        self._pools = {address: pools_of_resources(names) for address, names in resources_by_worker.items()}
-        self._who_has = who_has
-        self._nbytes = nbytes
+    def __init__(self, ask: Callable[..., dict[str, Any]], keys: list[Key]) -> None:
+        self._ask = ask
+        answer = ask(keys=keys)
+        self._pools = {address: pools_of_resources(names) for address, names in answer["resources"].items()}
+        self._held: dict[Key, tuple[int, list[str]]] = answer["held"]
 
     def pools(self) -> tuple[str, ...]:
         """Name the pools that have a worker, sorted."""
@@ -127,7 +144,43 @@ class ClientView:
 
     def known(self, key: Key) -> Known | None:
         """Tell what is in memory under a key."""
-        if key not in self._nbytes:
+        if key not in self._held:
             return None
-        holders = {pool for address in self._who_has.get(key, ()) for pool in self._pools.get(address, ())}
-        return Known(nbytes=float(self._nbytes[key]), pools=tuple(sorted(holders)))
+        nbytes, addresses = self._held[key]
+        holders = {pool for address in addresses for pool in self._pools.get(address, ())}
+        return Known(nbytes=float(nbytes), pools=tuple(sorted(holders)))
+
+    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
+        """Ask for the mean measured sizes of those kinds of tasks that have run before."""
+        found = self._ask(kinds=[tuple(kind) for kind in kinds])["learnt"]
+        return {Kind(*kind): nbytes for kind, nbytes in found.items()}
+
+    def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
+        """Expect nothing: what is explained does not run."""
+
+
+def answer_view(keys: Iterable[Key] = (), kinds: Iterable[tuple[Any, ...]] = (), dask_scheduler: Any = None) -> Any:
+    """Answer a client's view, on its scheduler, which may have nothing of ours: this travels by value.
+
+    Parameters
+    ----------
+    keys
+        Keys of which size and holders are wanted, where they are in memory.
+    kinds
+        Kinds of tasks of which the mean measured size is wanted, as plain tuples.
+    dask_scheduler
+        The scheduler, filled in by Dask.
+
+    Returns
+    -------
+    dict
+        ``resources``: names by address of worker; ``held``: (bytes, addresses of holders) by key; ``learnt``: bytes by
+        kind.
+    """
+    book = getattr(dask_scheduler, "pool_sizes", None)
+    states = [ts for key in keys if (ts := dask_scheduler.tasks.get(key)) is not None and ts.state == "memory"]
+    return {
+        "resources": {address: list(ws.resources) for address, ws in dask_scheduler.workers.items()},
+        "held": {ts.key: (ts.get_nbytes(), [ws.address for ws in ts.who_has or ()]) for ts in states},
+        "learnt": {} if book is None else {tuple(kind): nbytes for kind, nbytes in book.learnt(kinds).items()},
+    }

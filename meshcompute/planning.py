@@ -19,7 +19,7 @@ from typing import Any
 from dask._task_spec import Alias, GraphNode
 from dask.typing import Key
 
-from meshcompute import placement, taskgraph
+from meshcompute import learning, placement, taskgraph
 from meshcompute.errors import UnsupportedPinError
 from meshcompute.live import EmptyView, Known, SchedulerView, View
 from meshcompute.pinnedtasks import extract_pins
@@ -139,7 +139,10 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     nbytes: dict[Key, float] = {}
     shuffles = taskgraph.shuffles_of(tasks)
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
-        nbytes = estimate_nbytes(tasks, layers)
+        nbytes = estimate_nbytes(tasks, layers, guessed)
+        kinds = learning.kinds_of(tasks, nbytes)
+        learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()))
+        view.expect(kinds)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
         pool_by_key = _place(tasks, pins, known, nbytes, shuffles=shuffles.values(), present=view.pools())
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it

@@ -35,7 +35,7 @@ from dask.sizeof import sizeof
 from dask.typing import Key
 from dask.utils import parse_bytes
 
-from meshcompute.tablesizes import condensed_nbytes, read_nbytes
+from meshcompute.tablesizes import read_nbytes, table_nbytes
 
 __all__ = ["estimate_nbytes"]
 
@@ -385,9 +385,9 @@ class _Estimate:
             return _NONE_NBYTES
         if not inputs:
             return self._root(key, task)
-        if (nbytes := condensed_nbytes(function, max(inputs))) is not None:
-            self.is_guess = True
-            return nbytes
+        if (found := table_nbytes(function, inputs)) is not None:
+            self.is_guess |= found[1]
+            return found[0]
         if name in _CONCATENATIONS or name in _CONTAINERS or (isinstance(key, str) and key.startswith("finalize-")):
             return sum(inputs)
         if _is_carry(key):

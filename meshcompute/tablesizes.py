@@ -10,16 +10,20 @@ dask/dataframe: dask_expr/_reductions.py, groupby.py, dask_expr/_groupby.py, das
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dask._task_spec import Task
 
-__all__ = ["condensed_nbytes", "read_nbytes"]
+__all__ = ["read_nbytes", "table_nbytes"]
 
 # What is left of a table: a row (its columns are not known here), or groups. Both are guesses.
 _ROW_NBYTES = 256
 _SHARE_OF_GROUPS = 0.1
 _ROW_REDUCTIONS = {"All", "Any", "Count", "Len", "Max", "Min", "NBytes", "Prod", "Size", "Sum"}
+# What only joins parts of tables, or changes how they hold their texts.
+_JOINING = {"_concat", "concat"}
+_CONVERTING = {"_to_string_dtype", "to_pyarrow_string"}
 _SAMPLED_PARTS = 100  # of a container: a task that reads so many files is rare
 
 
@@ -54,22 +58,31 @@ def _file_nbytes(value: Any, depth: int = 4) -> float:
     return float(size) if isinstance(size, int) else 0.0
 
 
-def condensed_nbytes(function: Any, nbytes: float) -> float | None:
-    """Return the size of a part of a table after a reduction's first step, None for other functions.
+def table_nbytes(function: Any, inputs: Sequence[float]) -> tuple[float, bool] | None:
+    """Estimate what a function of ``dask.dataframe`` makes of parts of tables.
 
     Parameters
     ----------
     function
         What a task calls.
-    nbytes
-        Bytes of its largest input.
+    inputs
+        Bytes of its inputs, at least one.
+
+    Returns
+    -------
+    (float, bool) or None
+        Bytes, and whether that is a guess; None for other functions.
     """
     module = getattr(function, "__module__", None) or ""
+    if not module.startswith("dask.dataframe"):
+        return None
+    name = getattr(function, "__name__", "")
+    if name in _JOINING:
+        return sum(inputs), False
+    if name in _CONVERTING:
+        return max(inputs), False
     if module == "dask.dataframe.dask_expr._reductions":
         reduction = getattr(getattr(function, "__self__", None), "__name__", "")
-        return min(_ROW_NBYTES, nbytes) if reduction in _ROW_REDUCTIONS else None
-    name = getattr(function, "__name__", "")
+        return (min(_ROW_NBYTES, max(inputs)), True) if reduction in _ROW_REDUCTIONS else None
     is_step = "chunk" in name or name == "_groupby_apply_funcs"
-    if is_step and module.startswith("dask.dataframe") and "groupby" in module:
-        return _SHARE_OF_GROUPS * nbytes
-    return None
+    return (_SHARE_OF_GROUPS * max(inputs), True) if is_step and "groupby" in module else None

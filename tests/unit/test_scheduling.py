@@ -14,11 +14,12 @@ from distributed.stealing import WorkStealing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshcompute import schedulerstate
+from meshcompute import schedulerinternals
 from meshcompute.errors import MeshError, UnknownPoolError, UnmetDemandError
 from meshcompute.schedulerextensions import EXTENSIONS
+from meshcompute.schedulerinternals import check_internals
 from meshcompute.schedulerqueue import IdleWorkers, Lanes, PoolQueue, assign_pool, drop_pool, is_pinned, pool_of
-from meshcompute.schedulerstate import PoolScheduler, check_internals
+from meshcompute.schedulerstate import PoolScheduler
 from meshcompute.scheduling import Guard, shuffle_pool
 
 # ---------------------------------------------------------------------- what we rely on in distributed
@@ -63,10 +64,10 @@ def test_every_method_that_we_override_exists_and_is_checked():
         base = extension.__mro__[1]
         for name, method in vars(extension).items():
             assert hasattr(method, "overrides") == (name in dir(base)) or name.startswith("__"), (extension, name)
-    ours = {"pool_transitions", "_parent", "pool_lanes", "pool_counts", "is_pool_expected"}
+    ours = {"pool_transitions", "_parent", "pool_lanes", "pool_counts", "pool_sizes", "is_pool_expected"}
     for name, method in vars(PoolScheduler).items():
         if callable(method) and not name.startswith("__") and name not in ours and hasattr(Scheduler, name):
-            assert name in schedulerstate._METHODS, name
+            assert name in schedulerinternals._METHODS, name
 
 
 # ---------------------------------------------------------------------- pools of tasks
