@@ -74,6 +74,12 @@ class Assignment:
         Key of the relayed value by key of the relay.
     keys
         What the client asked for.
+    guessed
+        Keys whose estimates rest on a rule of thumb.
+    learnt
+        Groups of tasks of which something was learnt in earlier runs (:func:`meshcompute.learning.group_of`).
+    measured
+        Keys whose values are in memory.
     """
 
     tasks: Mapping[Key, GraphNode]
@@ -83,6 +89,9 @@ class Assignment:
     nbytes_by_key: Mapping[Key, float]
     relays: Mapping[Key, Key]
     keys: tuple[Key, ...]
+    guessed: frozenset[Key] | set[Key] = frozenset()
+    learnt: frozenset[str] = frozenset()
+    measured: frozenset[Key] = frozenset()
 
 
 def assign(expr: Any, request: Request, view: View) -> Assignment:
@@ -137,6 +146,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             keys=request.keys,
         )
     nbytes: dict[Key, float] = {}
+    guessed: set[Key] = set()
+    learnt: frozenset[str] = frozenset()
     shuffles = taskgraph.shuffles_of(tasks)
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
         nbytes = estimate_nbytes(tasks, layers, guessed)
@@ -163,6 +174,9 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         nbytes_by_key=nbytes,
         relays=relays,
         keys=request.keys,
+        guessed=guessed,
+        learnt=learnt,
+        measured=frozenset([key for key, seen in known.items() if seen.is_in_memory]),
     )
 
 

@@ -43,6 +43,7 @@ SCHEDULER_MODULES = (
     "frames",
     "schedulerqueue",
     "schedulerextensions",
+    "schedulerinternals",
     "schedulerstate",
     "scheduling",
     "schedulerinternals",

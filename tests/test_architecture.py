@@ -52,6 +52,7 @@ TRAVELLING = [
     "pinnedtasks",
     "taskgraph",
     "scheduling",
+    "schedulerinternals",
     "schedulerstate",
     "packing",
     "schedulerinternals",
