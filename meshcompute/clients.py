@@ -358,6 +358,7 @@ def _graph_to_futures(
         resources=common,
         is_propagating=is_propagating,
         compression=compression_wanted(),
+        is_regrouping=bool(setting("regroup-reductions")),
     )
     identity = scheduler_id(self)
     planned = planning.PlannedExpression(expr, request, identity)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask._task_spec import Alias, GraphNode
+from dask.highlevelgraph import Layer
 from dask.typing import Key
 
 from meshcompute import learning, placement, taskgraph
@@ -24,6 +25,7 @@ from meshcompute.errors import UnsupportedPinError
 from meshcompute.live import EmptyView, Known, SchedulerView, View
 from meshcompute.pinnedtasks import extract_pins
 from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, resource_of, split_resources
+from meshcompute.regrouping import Regrouped, Regrouping, regroup
 from meshcompute.sizes import estimate_nbytes
 
 __all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
@@ -45,6 +47,8 @@ class Request:
         Place the tasks without a pin, too.
     compression
         Setting ``meshcompute.compression`` of the client; None: it has none.
+    is_regrouping
+        Setting ``meshcompute.regroup-reductions`` of the client.
     """
 
     keys: tuple[Key, ...]
@@ -52,6 +56,7 @@ class Request:
     resources: Mapping[str, float] = field(default_factory=dict)
     is_propagating: bool = False
     compression: str | None = None
+    is_regrouping: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +85,8 @@ class Assignment:
         Groups of tasks of which something was learnt in earlier runs (:func:`meshcompute.learning.group_of`).
     measured
         Keys whose values are in memory.
+    regrouped
+        Reductions that merge by pool what the given graph merges across pools, by kind.
     """
 
     tasks: Mapping[Key, GraphNode]
@@ -92,6 +99,7 @@ class Assignment:
     guessed: frozenset[Key] | set[Key] = frozenset()
     learnt: frozenset[str] = frozenset()
     measured: frozenset[Key] = frozenset()
+    regrouped: tuple[Regrouped, ...] = ()
 
 
 def assign(expr: Any, request: Request, view: View) -> Assignment:
@@ -148,6 +156,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     nbytes: dict[Key, float] = {}
     guessed: set[Key] = set()
     learnt: frozenset[str] = frozenset()
+    regrouping = Regrouping()
     shuffles = taskgraph.shuffles_of(tasks)
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
         nbytes = estimate_nbytes(tasks, layers, guessed)
@@ -155,10 +164,14 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()))
         view.expect(kinds)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
+        if request.is_propagating and request.is_regrouping:
+            held = [{*request.keys}, *annotations.values()]
+            regrouping = _regroup(tasks, nbytes, pins=pins, known=known, layers=layers, kept=held)
         pool_by_key = _place(tasks, pins, known, nbytes, shuffles=shuffles.values(), present=view.pools())
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
+        regrouping.settle(tasks, pool_by_key)
     else:
         pool_by_key = {key: pin.pools[0] for key, pin in pins.items()}
     relays, fetching = _relays(tasks, pool_by_key, known) if request.is_propagating else ({}, set())
@@ -177,6 +190,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         guessed=guessed,
         learnt=learnt,
         measured=frozenset([key for key, seen in known.items() if seen.is_in_memory]),
+        regrouped=regrouping.kinds,
     )
 
 
@@ -188,6 +202,41 @@ def _add_annotated_pins(pins: dict[Key, Pin], annotations: dict[str, dict[Key, A
         pin = pin_of_annotations({ANNOTATION: by_key.get(key), "resources": resources.get(key)})
         if pin is not None:
             pins.setdefault(key, pin)
+
+
+def _regroup(
+    tasks: dict[Key, GraphNode],
+    nbytes: dict[Key, float],
+    *,
+    pins: Mapping[Key, Pin],
+    known: Mapping[Key, Known],
+    layers: Mapping[str, Layer],
+    kept: Iterable[Container[Key]],
+) -> Regrouping:
+    """Let each pool reduce its own part first, where data of several pools is reduced together."""
+    held = {seen.pools for seen in known.values() if seen.pools}
+    if len({name for pools in held.union([pin.pools for pin in pins.values()]) for name in pools}) < 2:
+        return Regrouping()
+
+    def pools_of(key: Key) -> tuple[str, ...] | None:
+        pin, seen = pins.get(key), known.get(key)
+        if pin is not None and not (seen is not None and seen.is_in_memory):
+            return pin.pools
+        return (seen.pools or None) if seen is not None else None
+
+    def is_numpy(key: Key) -> bool:
+        layer = layers.get(key[0]) if isinstance(key, tuple) and isinstance(key[0], str) else None
+        stated = getattr(layer, "collection_annotations", None) or {}
+        return stated.get("chunk_type") == "numpy.ndarray"
+
+    return regroup(
+        tasks,
+        nbytes,
+        pools_of=pools_of,
+        is_known=known.__contains__,
+        is_kept=lambda key: any(key in keys for keys in kept),
+        is_numpy=is_numpy,
+    )
 
 
 def _place(

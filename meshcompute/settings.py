@@ -21,6 +21,8 @@ DEFAULTS: dict[str, Any] = {
     "missing-pool-timeout": "30s",
     # What workers do to values for other sites: auto, off, or the name of a codec (meshcompute.packing).
     "compression": "off",
+    # Let each site reduce its own part first where data of several sites is reduced together (meshcompute.regrouping).
+    "regroup-reductions": True,
 }
 
 

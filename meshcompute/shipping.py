@@ -39,6 +39,8 @@ SCHEDULER_MODULES = (
     "learning",
     "pinnedtasks",
     "taskgraph",
+    "associative",
+    "regrouping",
     "pinnedframes",
     "frames",
     "schedulerqueue",

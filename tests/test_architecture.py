@@ -51,6 +51,8 @@ TRAVELLING = [
     "learning",
     "pinnedtasks",
     "taskgraph",
+    "associative",
+    "regrouping",
     "scheduling",
     "schedulerinternals",
     "schedulerstate",
