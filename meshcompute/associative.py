@@ -1,7 +1,8 @@
-"""Which functions of Dask merge parts of a reduction, and how: the one table of what may be regrouped.
+"""Which functions of Dask merge parts of a reduction, and how: the table of what may be regrouped.
 
-Covers recognising a step of a tree reduction by the very function that it calls, and making such steps anew with other
-inputs. Does not cover which steps should be made anew (:mod:`meshcompute.regrouping`).
+Covers what is known of one step's function (:class:`Reduction`), and the functions of arrays. Does not cover tables and
+bags (:mod:`meshcompute.associativetables`), tasks (:mod:`meshcompute.reductionsteps`), nor which of them should merge
+other parts than they do (:mod:`meshcompute.regrouping`).
 
 A tree of a reduction has steps of two kinds. A *combine* makes one part of several parts; a *final* step makes the
 result of them. A family is in the table if for its functions, whatever the parts::
@@ -23,15 +24,80 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import toolz
-from dask._task_spec import Alias, GraphNode, List, Task, TaskRef, _execute_subgraph, _identity_cast
-from dask.typing import Key
 
-__all__ = ["FAMILIES", "Family", "Reader", "Reduction", "Step", "first_key", "with_inputs"]
+__all__ = [
+    "FAMILIES",
+    "KINDS_OF_NUMBERS",
+    "NUMBERS",
+    "NUMPY",
+    "Family",
+    "Reduction",
+    "array_families",
+    "array_reduction",
+    "loaded",
+]
+
+#: Kinds of dtypes whose sums depend on the order by rounding alone. A sum of objects or texts may do anything.
+KINDS_OF_NUMBERS = "biufcmM"
+
+#: What has to be known of the values before a reduction may be regrouped.
+NUMPY = "numpy"  # the blocks are numpy's
+NUMBERS = "numbers"  # they hold numbers (or times), not texts or objects
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reduction:
+    """What a step of a reduction does.
+
+    Attributes
+    ----------
+    family
+        Name of the family.
+    is_combine
+        It makes a part, which may be merged again.
+    identity
+        Equal for the steps of one reduction.
+    combine
+        Merges parts: called with ``before``, a list of parts, ``after`` and ``options``.
+    before, after
+        Arguments of ``combine`` around the parts.
+    options
+        Keywords of ``combine``.
+    n_levels
+        How deep lists are nested around the parts that ``combine`` is given.
+    final
+        What the step calls when its parts come in another order; None: what it calls anyhow.
+    condition
+        What has to be known of the values: :data:`NUMPY`, :data:`NUMBERS`, or nothing.
+    """
+
+    family: str
+    is_combine: bool
+    identity: tuple[Any, ...]
+    combine: Callable[..., Any]
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    n_levels: int = 1
+    final: Callable[..., Any] | None = None
+    condition: str = ""
+
+
+def loaded(name: str) -> Any:
+    """Return a function if its module is loaded, else None.
+
+    Parameters
+    ----------
+    name
+        ``module:name``.
+    """
+    module, _, attribute = name.partition(":")
+    return getattr(sys.modules.get(module), attribute, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +134,6 @@ class Family:
 _REDUCTIONS = "dask.array.reductions:"
 _ROUTINES = "dask.array.routines:"
 _CONCATENATE = "dask.array.core:_concatenate2"
-_IS_LIST = {"typ": list}  # how a list of a graph in the old style is written as a task
 
 #: Reductions of arrays. What each merges:
 FAMILIES: dict[str, Family] = {
@@ -115,209 +180,11 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def _function(name: str) -> Any:
-    """Return a function if its module is loaded, else None."""
-    module, _, attribute = name.partition(":")
-    return getattr(sys.modules.get(module), attribute, None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reduction:
-    """What a step's function does.
-
-    Attributes
-    ----------
-    family
-        Name of the family.
-    is_combine
-        It makes a part, which may be merged again.
-    identity
-        Equal for the steps of one reduction.
-    combine
-        Merges parts.
-    options
-        Keywords of ``combine``.
-    final
-        What the step calls when its parts come in another order.
-    position
-        Which argument holds the parts.
-    n_levels
-        How deep lists are nested around the parts.
-    """
-
-    family: str
-    is_combine: bool
-    identity: tuple[Any, ...]
-    combine: Callable[..., Any]
-    options: Mapping[str, Any] = field(default_factory=dict)
-    final: Callable[..., Any]
-    position: int = 0
-    n_levels: int
-
-    def nested(self, inputs: Iterable[Key]) -> List:
-        """Wrap the keys of parts in as many lists as the function expects.
-
-        Notes
-        -----
-        One list of all parts, innermost. Parts have size one along every axis that is reduced (or there is one such
-        axis), so that any number of them fit together along one of these axes.
-        """
-        parts = List(*[TaskRef(key) for key in inputs])
-        for _ in range(self.n_levels - 1):
-            parts = List(parts)
-        return parts
-
-    def merged(self, key: Key, inputs: Iterable[Key]) -> Task:
-        """Make a task that merges parts into one.
-
-        Parameters
-        ----------
-        key
-            Its key.
-        inputs
-            Keys of the parts.
-        """
-        parts = self.nested(inputs)
-        for _ in range(self.position):  # under dask.utils.apply there is one more list, of the arguments
-            parts = parts.args[0]
-        return Task(key, self.combine, parts, **self.options)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Step:
-    """A task that is a step of a reduction, alone or with what was fused to it.
-
-    Attributes
-    ----------
-    reduction
-        What it does first.
-    is_combine
-        It makes a part and does nothing else.
-    inputs
-        Keys of the parts that it reads, in order.
-    """
-
-    reduction: Reduction
-    is_combine: bool
-    inputs: Sequence[Key]
-
-
-class Reader:
-    """Recognise steps of reductions. Remembers functions, which all tasks of a layer share."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[Any, Reduction | None]] = {}
-        self._families = _families()
-
-    def step(self, task: GraphNode) -> Step | None:
-        """Recognise a task, None if it is not a step of a reduction that is known.
-
-        Parameters
-        ----------
-        task
-            A task of a graph that is ready to run.
-        """
-        function = getattr(task, "func", None)
-        if function is None:
-            return None
-        if function is not _execute_subgraph:
-            if (reduction := self._reduction(function)) is None:
-                return None
-            inputs = _keys_in(task.args[reduction.position], reduction.n_levels)
-            return Step(reduction=reduction, is_combine=reduction.is_combine, inputs=inputs) if inputs else None
-        inner = task.args[0]
-        first, *others = inner.values()
-        if type(first) is not Task or (reduction := self._reduction(first.func)) is None:
-            return None
-        inputs = _keys_in(first.args[reduction.position], reduction.n_levels)
-        if not inputs or first.dependencies != task.dependencies:
-            return None
-        is_combine = reduction.is_combine and all(self._combines(other, reduction) for other in others)
-        return Step(reduction=reduction, is_combine=is_combine, inputs=inputs)
-
-    def _combines(self, task: Any, like: Reduction) -> bool:
-        found = self._reduction(task.func) if type(task) is Task else None
-        return found is not None and found.is_combine and found.identity == like.identity
-
-    def _reduction(self, function: Any) -> Reduction | None:
-        if (known := self._known.get(id(function))) is None:
-            # The function itself is kept, so that its id stays taken.
-            known = self._known[id(function)] = function, _array_reduction(function, self._families)
-        return known[1]
-
-
-def _keys_in(parts: Any, n_levels: int) -> list[Key] | None:
-    """Return the keys in nested lists of so many levels, in order; None for anything else."""
-    if not (type(parts) is List or (type(parts) is Task and parts.func is _identity_cast and parts.kwargs == _IS_LIST)):
-        return None
-    if n_levels > 1:
-        keys: list[Key] = []
-        for part in parts.args:
-            if (inner := _keys_in(part, n_levels - 1)) is None:
-                return None
-            keys += inner
-        return keys
-    keys = []
-    for part in parts.args:
-        kind = type(part)
-        if kind is Alias:
-            keys.append(part.target)
-        elif kind is TaskRef:
-            keys.append(part.key)
-        else:
-            return None
-    return keys
-
-
-def first_key(task: GraphNode) -> Key:
-    """Return the key that a task's first step had before anything was fused to it."""
-    if isinstance(task, Task) and task.func is _execute_subgraph:
-        key: Key = next(iter(task.args[0]))
-        return key
-    return task.key
-
-
-def with_inputs(task: Task, step: Step, inputs: Sequence[Key]) -> Task:
-    """Make a step anew that reads other parts.
-
-    Parameters
-    ----------
-    task
-        The step, alone or with what was fused to it.
-    step
-        What is known of it.
-    inputs
-        Keys of the parts that it shall read.
-
-    Returns
-    -------
-    Task
-        A task with the same key and, to rounding, the same value.
-    """
-    if task.func is _execute_subgraph:
-        inner, outkey, _, *_ = task.args
-        name, first = next(iter(inner.items()))
-        changed = {**inner, name: _reading(first, step.reduction, inputs)}
-        refs = [TaskRef(key) for key in inputs]
-        return Task(task.key, task.func, changed, outkey, tuple(inputs), *refs, _data_producer=task._data_producer)
-    return _reading(task, step.reduction, inputs)
-
-
-def _reading(task: Task, reduction: Reduction, inputs: Iterable[Key]) -> Task:
-    at = reduction.position
-    args = (*task.args[:at], reduction.nested(inputs), *task.args[at + 1 :])
-    return Task(task.key, reduction.final, *args, _data_producer=task._data_producer, **task.kwargs)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Arrays
-
-
-def _families() -> dict[Any, tuple[str, bool, bool]]:
+def array_families() -> dict[Any, tuple[str, bool, bool]]:
     """Return by function: name of the family, whether it may be a final step, whether a combine."""
     found: dict[Any, tuple[str, bool, bool]] = {}
     for name, family in FAMILIES.items():
-        finals, combine = [_function(f) for f in family.finals], _function(family.combine)
+        finals, combine = [loaded(f) for f in family.finals], loaded(family.combine)
         if combine is None or None in finals:  # not loaded, or another Dask: its trees stay as they are
             continue
         found[combine] = name, False, True
@@ -326,12 +193,12 @@ def _families() -> dict[Any, tuple[str, bool, bool]]:
     return found
 
 
-def _array_reduction(function: Any, families: Mapping[Any, tuple[str, bool, bool]]) -> Reduction | None:
+def array_reduction(function: Any, families: Mapping[Any, tuple[str, bool, bool]]) -> Reduction | None:
     """Recognise a function as ``dask.array.reductions.reduction`` makes it, None if it is not one that is known."""
     whole, concatenate = function, None
     if hasattr(function, "funcs") and hasattr(function, "first"):  # compose(partial(...), partial(_concatenate2, ...))
         concatenate = function.first
-        if len(function.funcs) != 1 or getattr(concatenate, "func", None) is not _function(_CONCATENATE):
+        if len(function.funcs) != 1 or getattr(concatenate, "func", None) is not loaded(_CONCATENATE):
             return None
         function = function.funcs[0]
     if type(function) is not functools.partial or (found := _role(function.func, families)) is None:
@@ -344,23 +211,29 @@ def _array_reduction(function: Any, families: Mapping[Any, tuple[str, bool, bool
         return None
     if len(function.args) != family.n_kept or family.is_concatenated != (concatenate is not None):
         return None
-    if _is_of_objects(keywords.get("dtype")):  # "+" may be anything
+    if not _is_of_numbers(keywords.get("dtype")):
         return None
     options = {keyword: keywords[keyword] for keyword in family.kept if keyword in keywords}
     told = [_name_of(arg) for arg in function.args] + [f"{key}={value}" for key, value in sorted(options.items())]
     identity = name, axis, *told
-    options |= {keyword: _function(value) for keyword, value in family.added.items()}
-    combine: Any = functools.partial(_function(family.combine), *function.args, **options, axis=axis, keepdims=True)
+    options |= {keyword: loaded(value) for keyword, value in family.added.items()}
+    combine: Any = functools.partial(loaded(family.combine), *function.args, **options, axis=axis, keepdims=True)
     final = whole
     if family.is_ordered:
-        # Parts of one list lie one behind the other along the last axis that is reduced: see Reduction.nested.
-        by_position = functools.partial(_function("numpy:sort"), axis=max(axis), order="arg")
+        # Parts lie one behind the other along the last axis that is reduced (_nested in reductionsteps).
+        by_position = functools.partial(loaded("numpy:sort"), axis=max(axis), order="arg")
         combine = toolz.compose(combine, by_position, concatenate)
         final = toolz.compose(function, by_position, concatenate)
     elif concatenate is not None:
         combine = toolz.compose(combine, concatenate)
     return Reduction(
-        family=name, is_combine=is_combine, identity=identity, combine=combine, final=final, n_levels=len(axis)
+        family=name,
+        is_combine=is_combine,
+        identity=identity,
+        combine=combine,
+        n_levels=len(axis),
+        final=final,
+        condition=NUMPY if family.is_ordered else "",
     )
 
 
@@ -375,5 +248,10 @@ def _name_of(function: Any) -> str:
     return f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', repr(function))}"
 
 
-def _is_of_objects(dtype: Any) -> bool:
-    return dtype is object or bool(getattr(dtype, "hasobject", False))
+def _is_of_numbers(dtype: Any) -> bool:
+    if dtype is None:  # extremes, and reductions to booleans
+        return True
+    try:
+        return loaded("numpy:dtype")(dtype).kind in KINDS_OF_NUMBERS
+    except TypeError:
+        return False

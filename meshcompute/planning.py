@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dask._task_spec import Alias, GraphNode
-from dask.highlevelgraph import Layer
 from dask.typing import Key
 
 from meshcompute import learning, placement, taskgraph
@@ -166,7 +165,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
         if request.is_propagating and request.is_regrouping:
             held = [{*request.keys}, *annotations.values()]
-            regrouping = _regroup(tasks, nbytes, pins=pins, known=known, layers=layers, kept=held)
+            regrouping = _regroup(expr, tasks, nbytes, pins=pins, known=known, kept=held)
         pool_by_key = _place(tasks, pins, known, nbytes, shuffles=shuffles.values(), present=view.pools())
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
@@ -205,12 +204,12 @@ def _add_annotated_pins(pins: dict[Key, Pin], annotations: dict[str, dict[Key, A
 
 
 def _regroup(
+    expr: Any,
     tasks: dict[Key, GraphNode],
     nbytes: dict[Key, float],
     *,
     pins: Mapping[Key, Pin],
     known: Mapping[Key, Known],
-    layers: Mapping[str, Layer],
     kept: Iterable[Container[Key]],
 ) -> Regrouping:
     """Let each pool reduce its own part first, where data of several pools is reduced together."""
@@ -224,18 +223,13 @@ def _regroup(
             return pin.pools
         return (seen.pools or None) if seen is not None else None
 
-    def is_numpy(key: Key) -> bool:
-        layer = layers.get(key[0]) if isinstance(key, tuple) and isinstance(key[0], str) else None
-        stated = getattr(layer, "collection_annotations", None) or {}
-        return stated.get("chunk_type") == "numpy.ndarray"
-
     return regroup(
         tasks,
         nbytes,
         pools_of=pools_of,
         is_known=known.__contains__,
         is_kept=lambda key: any(key in keys for keys in kept),
-        is_numpy=is_numpy,
+        holds=functools.cache(functools.partial(taskgraph.holds, expr)),
     )
 
 

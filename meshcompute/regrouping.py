@@ -19,7 +19,7 @@ Notes
 pool by itself; the regrouped tree sends the smaller of the two. A tree is changed only if that is less.
 
 *Numerically* a sum in another order differs by rounding, as it does between two chunkings: chunks of a pool keep their
-order, pools follow each other by name. Integers come out the same to the last bit.
+order, and pools come in the order of their first chunks. Integers come out the same to the last bit.
 
 *Memory.* A pool merges as many parts at once as the given tree does; the last step may read one part more per pool.
 
@@ -39,7 +39,8 @@ from dask._task_spec import Alias, GraphNode, Task
 from dask.typing import Key
 from dask.utils import key_split
 
-from meshcompute.associative import FAMILIES, Reader, Reduction, Step, first_key, with_inputs
+from meshcompute.associative import Reduction
+from meshcompute.reductionsteps import Reader, Step, first_key, merged, with_inputs
 
 __all__ = ["Regrouped", "Regrouping", "regroup"]
 
@@ -129,7 +130,7 @@ def regroup(
     pools_of: Callable[[Key], tuple[str, ...] | None],
     is_known: Callable[[Key], bool],
     is_kept: Callable[[Key], bool],
-    is_numpy: Callable[[Key], bool],
+    holds: Callable[[str, Key], bool],
 ) -> Regrouping:
     """Regroup the reductions of a graph by pool, where that saves bytes.
 
@@ -145,8 +146,8 @@ def regroup(
         Whether the cluster knows a task already: its inputs stay what they are.
     is_kept
         Whether a key must not disappear: it is asked for, or has annotations.
-    is_numpy
-        Whether the blocks of the array that a key belongs to are known to be numpy's.
+    holds
+        Whether a condition of :mod:`meshcompute.associative` is known to hold for the values of a layer, by its name.
 
     Returns
     -------
@@ -173,8 +174,8 @@ def regroup(
             continue
         tree = _grown(root, steps, aliases, inner)
         is_split = homes.assign(tree)
-        if is_split and FAMILIES[step.reduction.family].is_ordered:
-            is_split = is_numpy(first_key(tasks[root]))
+        if is_split and step.reduction.condition:
+            is_split = holds(step.reduction.condition, _layer_of(first_key(tasks[root])))
         if is_split and (saving := _saving(tree, steps, aliases, inner, nbytes)) > 0.0:
             trees.append((tree, saving))
         else:
@@ -376,17 +377,17 @@ def _rebuilt(
         for leaf, pool in zip(tree.leaves, tree.pools, strict=True):
             leaves_by_pool.setdefault(pool, []).append(leaf)
         inputs: list[Key] = []
-        for pool, leaves in sorted(leaves_by_pool.items()):
+        for pool, leaves in leaves_by_pool.items():
             if len(leaves) == 1:
                 inputs += leaves
                 continue
             name = _name_of_parts(names, step.reduction.family, pool, leaves[0])
             parts = _parts(name, step.reduction, leaves, most)
-            for key, merged in parts.items():
-                tasks[key] = step.reduction.merged(key, merged)
+            for key, batch in parts.items():
+                tasks[key] = merged(step.reduction, key, batch)
                 nbytes[key] = part_nbytes
-            top, merged = parts.popitem()
-            result._merged_by_part[top] = merged
+            top, batch = parts.popitem()
+            result._merged_by_part[top] = batch
             inputs.append(top)
         gone.update([key for key in tree.combines if key not in needed])
         task = tasks[root]
@@ -403,9 +404,13 @@ def _rebuilt(
     return result
 
 
+def _layer_of(key: Key) -> Key:
+    return key[0] if isinstance(key, tuple) else key
+
+
 def _name_of_parts(names: dict[tuple[str, str, Key], str], family: str, pool: str, leaf: Key) -> str:
     """Return the name that the parts of one pool share in all trees of one layer: distributed groups tasks by it."""
-    layer = leaf[0] if isinstance(leaf, tuple) else leaf
+    layer = _layer_of(leaf)
     if (name := names.get((family, pool, layer))) is None:
         name = names[family, pool, layer] = f"{family}-part-{pool}-{_digest((family, pool, layer), 16)}"
     return name

@@ -40,6 +40,8 @@ SCHEDULER_MODULES = (
     "pinnedtasks",
     "taskgraph",
     "associative",
+    "associativetables",
+    "reductionsteps",
     "regrouping",
     "pinnedframes",
     "frames",

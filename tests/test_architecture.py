@@ -52,6 +52,8 @@ TRAVELLING = [
     "pinnedtasks",
     "taskgraph",
     "associative",
+    "associativetables",
+    "reductionsteps",
     "regrouping",
     "scheduling",
     "schedulerinternals",
