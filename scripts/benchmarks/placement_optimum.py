@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.sparse
-from placement_graphs import Links, Problem
+from placement_graphs import Links, Problem, single_site_cost
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
@@ -83,9 +83,9 @@ def optimum(problem: Problem, links: Links, time_limit_seconds: float) -> Optimu
         sites = _by_flow(allowed, nets, links)
     else:
         sites, bound = _by_integers(allowed, nets, links, time_limit_seconds)
-    if sites is None:
-        return Optimum(cost=math.inf, bound=bound)
-    cost = problem.cost([sites[vertex] for vertex in vertex_of], links)
+    cost = single_site_cost(problem, links)  # a plan, too, and sometimes the best one
+    if sites is not None:
+        cost = min(cost, problem.cost([sites[vertex] for vertex in vertex_of], links))
     return Optimum(cost=cost, bound=min(bound, cost))
 
 
