@@ -10,12 +10,13 @@ Runs in the client's process and in the scheduler's; imports nothing that a stoc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar, TypeVar
 
 import toolz
 from dask._expr import ProhibitReuse
-from dask._task_spec import Alias, GraphNode, Task, TaskRef, _execute_subgraph
+from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef, _execute_subgraph
 from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import key_split
@@ -31,10 +32,10 @@ __all__ = [
     "inner_keys",
     "is_copied",
     "pinned",
-    "split_conflicts",
 ]
 
 Graph = dict[Key, GraphNode]
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 class PinnedTask(Task):
@@ -42,25 +43,34 @@ class PinnedTask(Task):
 
     It lives between the creation of a collection and the scheduler: :func:`extract_pins` turns it back into a
     plain task, so that workers need not know the class.
+
+    Notes
+    -----
+    The pin is the class's: there is one subclass for every pin. So instances are laid out as plain tasks are, Dask
+    handles them as fast, and turning one back is a change of its class instead of a copy.
     """
 
-    __slots__ = ("_pin",)
-    _pin: Pin
-
-    def __init__(
-        self, key: Any, func: Callable[..., Any], /, *args: Any, _pin: Pin, _data_producer: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(key, func, *args, _data_producer=_data_producer, **kwargs)
-        self._pin = _pin
+    __slots__ = ()
+    _pin: ClassVar[Pin]
 
     def copy(self) -> PinnedTask:
-        return type(self)(
-            self.key, self.func, *self.args, _pin=self._pin, _data_producer=self._data_producer, **self.kwargs
-        )
+        return type(self)(self.key, self.func, *self.args, _data_producer=self._data_producer, **self.kwargs)
 
-    def __setstate__(self, state: Any) -> None:
-        activate()  # see Pin: a pin that arrives by pickle is respected here
-        super().__setstate__(state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._pin, self.__getstate__())
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind_of(pin: Pin) -> type[PinnedTask]:
+    return type("PinnedTask", (PinnedTask,), {"__slots__": (), "__module__": __name__, "_pin": pin})
+
+
+def _restored(pin: Pin, state: Any) -> PinnedTask:
+    activate()  # see Pin: a pin that arrives by pickle is respected here
+    kind = _kind_of(pin)
+    task = kind.__new__(kind)
+    task.__setstate__(state)
+    return task
 
 
 def _is_p2p(task: object) -> bool:
@@ -88,11 +98,11 @@ def pinned(task: GraphNode, pin: Pin) -> GraphNode:
         if task.func is _execute_subgraph and any(has_pin(t) for t in task.args[0].values()):
             inner = {k: pinned(t, pin) for k, t in task.args[0].items()}
             return Task(task.key, task.func, inner, *task.args[1:], _data_producer=task._data_producer)
-        return PinnedTask(task.key, task.func, *task.args, _pin=pin, _data_producer=task._data_producer, **task.kwargs)
+        return _as(_kind_of(pin), task)
     if isinstance(task, PinnedTask) or _is_p2p(task):
         return task
     value: Any = TaskRef(task.target) if isinstance(task, Alias) else task
-    return PinnedTask(task.key, toolz.identity, value, _pin=pin, _data_producer=task.data_producer)
+    return _kind_of(pin)(task.key, toolz.identity, value, _data_producer=task.data_producer)
 
 
 def is_copied(task: GraphNode) -> bool:
@@ -105,9 +115,9 @@ def has_pin(task: object) -> bool:
     return any(True for _ in _pins_in(task))
 
 
-def _plain(task: PinnedTask) -> Task:
+def _as(kind: type[AnyTask], task: Task) -> AnyTask:
     # Task.__init__ walks the arguments for dependencies, which are known here: 1 us instead of 3.
-    new = Task.__new__(Task)
+    new: AnyTask = object.__new__(kind)
     new.key, new.func, new.args, new.kwargs = task.key, task.func, task.args, task.kwargs
     new._dependencies = task._dependencies
     new._data_producer = task._data_producer
@@ -115,13 +125,15 @@ def _plain(task: PinnedTask) -> Task:
     return new
 
 
-def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
+def extract_pins(graph: Graph, *, in_place: bool = False) -> tuple[Graph, dict[Key, Pin]]:
     """Take the pins off the tasks.
 
     Parameters
     ----------
     graph
         Tasks as Dask's optimisation left them. Not changed.
+    in_place
+        The tasks belong to the caller alone: change them, instead of copies.
 
     Returns
     -------
@@ -132,33 +144,53 @@ def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
     """
     pins: dict[Key, Pin] = {}
     plain: Graph = {}
-    extractor = _Extractor()
-    for key, task in split_conflicts(graph).items():
-        plain[key], pin = extractor(task)
-        if pin is not None:
-            pins[key] = pin
+    extractor = _Extractor(in_place=in_place)
+    todo = list(graph.items())
+    for key, task in todo:  # a million tasks: what most of them are comes first
+        kind = type(task)
+        plain[key] = task
+        if kind is Alias or kind is DataNode or not isinstance(task, Task):
+            continue
+        if task.func is _execute_subgraph or any(map(_is_task, task.args)):
+            if (fused := extractor.conflict(task)) is not None:
+                del plain[key]
+                todo += _taken_apart(key, fused).items()
+                continue
+            plain[key], pin = extractor(task)
+            if pin is not None:
+                pins[key] = pin
+        elif kind is not Task and isinstance(task, PinnedTask):
+            pins[key] = task._pin
+            plain[key] = extractor.stripped(task)
     return plain, pins
+
+
+def _is_task(part: object) -> bool:
+    return isinstance(part, Task)
 
 
 class _Extractor:
     """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one)."""
 
-    def __init__(self) -> None:
-        self._subgraphs: dict[int, tuple[dict[Key, Any], Any, Pin | None]] = {}
+    def __init__(self, *, in_place: bool) -> None:
+        self._in_place = in_place
+        self._pins: dict[int, tuple[dict[Key, Any], tuple[Pin, ...]]] = {}
+        self._subgraphs: dict[int, tuple[dict[Key, Any], dict[Key, Any]]] = {}
 
     def __call__(self, task: GraphNode) -> tuple[GraphNode, Pin | None]:
-        kind = type(task)
-        pin = None
-        if kind is PinnedTask:
-            pin = task._pin
-            task = _plain(task)
-        elif not isinstance(task, Task):
+        if not isinstance(task, Task):
             return task, None
+        pin = None
+        if isinstance(task, PinnedTask):
+            pin = task._pin
+            task = self.stripped(task)
         if task.func is _execute_subgraph:
-            inner, inner_pin = self._subgraph(task.args[0])
+            for inner_pin in self._pins_of(task.args[0]):
+                pin = _both(pin, inner_pin)
+            inner = self._subgraph(task.args[0])
             if inner is not task.args[0]:
                 task = _with_args(task, (inner, *task.args[1:]))
-            return task, _both(pin, inner_pin)
+            return task, pin
         for i, arg in enumerate(task.args):
             if isinstance(arg, Task):
                 new, arg_pin = self(arg)
@@ -167,23 +199,55 @@ class _Extractor:
                 pin = _both(pin, arg_pin)
         return task, pin
 
-    def _subgraph(self, graph: dict[Key, Any]) -> tuple[dict[Key, Any], Pin | None]:
+    def stripped(self, task: PinnedTask) -> Task:
+        """Make a plain task of one with a pin, and of nothing in it."""
+        if not self._in_place:
+            return _as(Task, task)
+        task.__class__ = Task
+        return task
+
+    def conflict(self, task: Task) -> Task | None:
+        """Find the fused task in a task whose parts must run in different pools."""
+        while is_copied(task) and isinstance(task.args[0], Task):
+            task = task.args[0]
+        if task.func is not _execute_subgraph:
+            return None
+        pins = self._pins_of(task.args[0])
+        if len(pins) < 2:
+            return None
+        found = {frozenset(pin.pools) for pin in pins if pin.pools}
+        return task if len(found) > 1 and not frozenset.intersection(*found) else None
+
+    def _pins_of(self, graph: dict[Key, Any]) -> tuple[Pin, ...]:
+        """Find the pins of a sub-graph, each once."""
+        if (known := self._pins.get(id(graph))) is not None:
+            return known[1]
+        found: dict[Pin, None] = {}
+        for task in graph.values():
+            kind = type(task)
+            if kind is Alias or kind is DataNode or not isinstance(task, Task):
+                continue
+            if task.func is _execute_subgraph or any(map(_is_task, task.args)):
+                found.update(dict.fromkeys(_pins_in(task)))
+            elif kind is not Task and isinstance(task, PinnedTask):
+                found[task._pin] = None
+        self._pins[id(graph)] = graph, (pins := tuple(found))  # the graph itself, so that its id stays taken
+        return pins
+
+    def _subgraph(self, graph: dict[Key, Any]) -> dict[Key, Any]:
+        if not self._pins_of(graph):
+            return graph
         if (known := self._subgraphs.get(id(graph))) is not None:
-            return known[1], known[2]
-        pin = None
-        new = {}
-        is_changed = False
-        for key, task in graph.items():
-            new[key], task_pin = self(task)
-            is_changed |= new[key] is not task
-            pin = _both(pin, task_pin)
+            return known[1]
+        new = {key: self(task)[0] for key, task in graph.items()}
+        is_changed = any(new[key] is not task for key, task in graph.items())
         result = new if is_changed else graph
-        self._subgraphs[id(graph)] = graph, result, pin  # the graph itself, so that its id stays taken
-        return result, pin
+        self._subgraphs[id(graph)] = graph, result
+        return result
 
 
 def _with_args(task: Task, args: tuple[Any, ...]) -> Task:
-    new = copy.copy(task) if type(task) is not Task else _plain(task)
+    new = copy.copy(task) if type(task) is not Task else _as(Task, task)
     new.args = args
     new._token = new._repr = None
     return new
@@ -205,46 +269,6 @@ def _both(a: Pin | None, b: Pin | None) -> Pin | None:
     return Pin(pools, resources)
 
 
-def split_conflicts(graph: Graph) -> Graph:
-    """Take fused tasks apart whose parts must run in different pools.
-
-    Parameters
-    ----------
-    graph
-        Tasks as Dask's optimisation left them.
-
-    Returns
-    -------
-    dict
-        The same graph where nothing conflicts; otherwise one with the parts as tasks of their own.
-
-    Notes
-    -----
-    A linear chain pinned to a, then to b, is one task after Dask's low-level fusion, and no worker could run it.
-    """
-    result: Graph | None = None
-    checked: dict[int, tuple[Any, bool]] = {}
-    for key, node in graph.items():
-        task = node
-        while is_copied(task) and isinstance(task.args[0], Task):
-            task = task.args[0]
-        if not (isinstance(task, Task) and task.func is _execute_subgraph):
-            continue
-        inner = task.args[0]
-        if (known := checked.get(id(inner))) is None:
-            known = checked[id(inner)] = inner, _conflicts(inner)
-        if known[1]:
-            if result is None:
-                result = dict(graph)
-            result.update(_taken_apart(key, task))
-    return graph if result is None else split_conflicts(result)
-
-
-def _conflicts(inner: Mapping[Key, Any]) -> bool:
-    found = {frozenset(p.pools) for t in inner.values() for p in _pins_in(t) if p.pools}
-    return len(found) > 1 and not frozenset.intersection(*found)
-
-
 def _pins_in(task: Any) -> Iterator[Pin]:
     if isinstance(task, PinnedTask):
         yield task._pin
@@ -256,6 +280,7 @@ def _pins_in(task: Any) -> Iterator[Pin]:
 
 
 def _taken_apart(key: Key, task: Task) -> Graph:
+    # A linear chain pinned to a, then to b, is one task after Dask's low-level fusion, and no worker could run it.
     inner, outkey, inkeys, *values = task.args
     new_keys = {k: f"{key_split(k)}-{tokenize(key, k)}" for k in inner}
     new_keys[outkey] = key

@@ -23,7 +23,7 @@ from meshcompute import learning, placement, taskgraph
 from meshcompute.errors import UnsupportedPinError
 from meshcompute.live import EmptyView, Known, SchedulerView, View
 from meshcompute.pinnedtasks import extract_pins
-from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, resource_of, split_resources
+from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
 from meshcompute.regrouping import Regrouped, Regrouping, regroup
 from meshcompute.sizes import estimate_nbytes
 
@@ -67,7 +67,9 @@ class Assignment:
     tasks
         Task by key, relays included, with nothing of ours in it.
     annotations
-        Annotations: value by key, by kind.
+        Annotations of the user's: value by key, by kind.
+    held_by_key
+        What the scheduler holds each task to that has a pool.
     pool_by_key
         Pool of every task that has one, and of the values in memory that they read.
     pinned
@@ -90,6 +92,7 @@ class Assignment:
 
     tasks: Mapping[Key, GraphNode]
     annotations: Mapping[str, Mapping[Key, Any]]
+    held_by_key: Mapping[Key, Held] = field(default_factory=dict)
     pool_by_key: Mapping[Key, str]
     pinned: frozenset[Key]
     nbytes_by_key: Mapping[Key, float]
@@ -177,10 +180,11 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     for key, source in relays.items():
         if source in nbytes:
             nbytes[key] = nbytes[source]
-    _annotate(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources)
+    held_by_key = _held(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources)
     return Assignment(
         tasks=tasks,
         annotations=annotations,
+        held_by_key=held_by_key,
         pool_by_key=pool_by_key,
         pinned=frozenset(pins),
         nbytes_by_key=nbytes,
@@ -326,7 +330,7 @@ def _relays(
     return relays, fetching
 
 
-def _annotate(
+def _held(
     annotations: dict[str, dict[Key, Any]],
     tasks: Mapping[Key, GraphNode],
     pool_by_key: Mapping[Key, str],
@@ -334,27 +338,25 @@ def _annotate(
     *,
     fetching: Container[Key],
     common: Mapping[str, float],
-) -> None:
-    """Write pools as the annotations that the scheduler and the guard obey."""
+) -> dict[Key, Held]:
+    """Say what the scheduler holds each task to; what users ask for beside their pools moves there, too."""
     given = annotations.get("resources", {})
-    resources: dict[Key, Any] = dict(given)
-    notes: dict[Key, Any] = {}
-    # The same few dictionaries serve all tasks: a million of their own would be slow and large.
-    shared = functools.cache(lambda pool, extra: {**common, **dict(extra), resource_of(pool): 0})
-    note = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned})
+    held: dict[Key, Held] = {}
     # Stolen half-way through its fetch from another pool, a task would fetch again on another worker.
-    fixed = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned, "fetches": True})
+    shared = functools.cache(
+        lambda pool, extra, is_pinned, is_fetching: Held(
+            pool, {**common, **dict(extra)}, is_pinned=is_pinned, is_fetching=is_fetching
+        )
+    )
     for key, pool in pool_by_key.items():
         if key not in tasks:
             continue
         pin = pins.get(key)
         extra = pin.resources if pin is not None else ()
-        if key in given and isinstance(given[key], Mapping):
-            extra = tuple(sorted({**split_resources(given[key])[1], **dict(extra)}.items()))
-        resources[key] = shared(pool, extra)
-        notes[key] = (fixed if key in fetching else note)(pool, pin is not None)
-    annotations["resources"] = resources
-    annotations[ANNOTATION] = notes
+        if given and key in given and isinstance(given[key], Mapping):
+            extra = tuple(sorted({**split_resources(given.pop(key))[1], **dict(extra)}.items()))
+        held[key] = shared(pool, extra, pin is not None, key in fetching)
+    return held
 
 
 class PlannedExpression:
@@ -397,11 +399,11 @@ class PlannedExpression:
         """The plan, made when it is first asked for."""
         return assign(self.expr, self.request, self.view)
 
-    def __dask_graph__(self) -> dict[Key, GraphNode]:
-        return dict(self.assignment.tasks)
+    def __dask_graph__(self) -> Mapping[Key, GraphNode]:
+        return self.assignment.tasks  # nobody changes it: the scheduler makes a graph of its own
 
-    def __dask_annotations__(self) -> dict[str, dict[Key, Any]]:
-        return {kind: dict(values) for kind, values in self.assignment.annotations.items()}
+    def __dask_annotations__(self) -> dict[str, Mapping[Any, Any]]:
+        return {**self.assignment.annotations, PLAN: {PLAN: self.assignment.held_by_key}}
 
 
 def find_scheduler(scheduler_id: str) -> Any:

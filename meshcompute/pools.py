@@ -19,8 +19,10 @@ from meshcompute.errors import PoolNameError
 
 __all__ = [
     "ANNOTATION",
+    "PLAN",
     "POOL_PREFIX",
     "UNPINNED",
+    "Held",
     "Pin",
     "current_pin",
     "pin_of_annotations",
@@ -36,6 +38,10 @@ POOL_PREFIX = "pool-"
 #: The annotation that carries a pin. A key that Dask does not know stops blockwise fusion across pools
 #: (``dask.blockwise._can_fuse_annotations``).
 ANNOTATION = "pool"
+
+#: Where a plan travels among the annotations of a graph: ``{PLAN: {PLAN: held by key}}``. Not as annotations of single
+#: tasks: Dask would take those apart for every task, on the scheduler's event loop.
+PLAN = "meshcompute-plan"
 
 # ``dask worker --resources`` splits its text at commas and white space, then at "=".
 _UNUSABLE = re.compile(r"[\s,=\x00-\x1f\x7f]")
@@ -74,6 +80,45 @@ class Pin:
 
 #: The pin of ``pool(None)``.
 UNPINNED = Pin(())
+
+
+class Held(dict[str, float]):
+    """What a task that is held to a pool asks of its worker: worker resources, name to amount.
+
+    A scheduler keeps it as the task's ``resource_restrictions``; being of this class, and nothing else, makes a task
+    ours. One object serves all tasks that ask for the same: a million of their own would be slow and large.
+
+    Parameters
+    ----------
+    pool
+        Name of the pool.
+    demands
+        Other worker resources, name to amount; pools among them are left out.
+    is_pinned
+        Pinned there by its user: it may not leave the pool if that is lost.
+    is_fetching
+        It reads a value of another pool: stolen half-way, it would fetch that again.
+
+    Attributes
+    ----------
+    lane
+        For the scheduler's own use: the workers that can meet it.
+    """
+
+    __slots__ = ("is_fetching", "is_pinned", "lane", "pool")
+
+    def __init__(
+        self, pool: str, demands: Mapping[str, float] | None = None, *, is_pinned: bool, is_fetching: bool = False
+    ) -> None:
+        rest = {name: amount for name, amount in (demands or {}).items() if not name.startswith(POOL_PREFIX)}
+        super().__init__({POOL_PREFIX + pool: 0, **rest})
+        self.pool = pool
+        self.is_pinned = is_pinned
+        self.is_fetching = is_fetching
+        self.lane: Any = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # elsewhere it is a plain dictionary, as Dask sends it to workers
 
 
 def _receive_pin(pools: tuple[str, ...], resources: tuple[tuple[str, float], ...]) -> Pin:

@@ -22,13 +22,13 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 from distributed.scheduler import Scheduler
 
 from meshcompute.learning import SizeBook
-from meshcompute.pools import ANNOTATION, POOL_PREFIX
+from meshcompute.pools import ANNOTATION, PLAN, POOL_PREFIX, Held
 from meshcompute.schedulerextensions import EXTENSIONS
 from meshcompute.schedulerinternals import check_internals
 from meshcompute.schedulerqueue import (
@@ -38,6 +38,7 @@ from meshcompute.schedulerqueue import (
     PoolQueue,
     assign_pool,
     drop_pool,
+    hold_as_noted,
     is_pinned,
     or_stock,
     pool_of,
@@ -66,6 +67,8 @@ class PoolScheduler(Scheduler):
     is_pool_expected: Callable[[str], bool]
     #: Pool and pinnedness of the task that submits the graph which is being taken in.
     _parent: tuple[str, bool] | None
+    #: What the tasks of the graph which is being taken in are held to, by key.
+    _plan: Mapping[Any, Held]
 
     # ------------------------------------------------------------------ which workers
 
@@ -147,7 +150,7 @@ class PoolScheduler(Scheduler):
 
     def _release_if_lost(self, ts: Any, lane: Lane) -> bool:
         """Release a placed task whose pool nobody has any more. Returns whether it did."""
-        if lane.n_present or is_pinned(ts) or self.is_pool_expected(lane.pool):
+        if is_pinned(ts) or self.is_pool_expected(lane.pool):
             return False
         drop_pool(ts)
         self.pool_counts["released"] += 1
@@ -157,19 +160,21 @@ class PoolScheduler(Scheduler):
     def _next_for(self, ts: Any) -> Any:
         """Where a ready task goes: a worker, a state's name, or None for "as in stock"."""
         lane = self.pool_lanes.of(ts)
-        if lane is None or self._release_if_lost(ts, lane):
+        if lane is None or (not lane.n_present and self._release_if_lost(ts, lane)):
             return None
         if not self._is_rootish_in_lane(ts, lane):
             return self.decide_worker_non_rootish(ts) or "no-worker"
         if not lane.workers:
             return "no-worker"
-        return self._least_busy(lane) or "queued"
+        return (lane.idle and self._least_busy(lane)) or "queued"
 
     def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
         ts = self.tasks[key]
-        there = self._next_for(ts) if pool_of(ts) is not None else None
+        there = self._next_for(ts) if type(ts.resource_restrictions) is Held else None
         if there is None:
             return super()._transition_waiting_processing(key, stimulus_id)
+        if there == "queued":  # at once: stock goes round through another transition
+            return self._transition_waiting_queued(key, stimulus_id)
         if isinstance(there, str):
             return {key: there}, {}, {}
         return self._add_to_processing(ts, there, stimulus_id=stimulus_id)
@@ -282,17 +287,29 @@ class PoolScheduler(Scheduler):
 
     # ------------------------------------------------------------------ graphs come in
 
-    def _create_taskstate_from_graph(self, *, submitting_task: Any, **kwargs: Any) -> Any:
+    def _create_taskstate_from_graph(self, *, submitting_task: Any, annotations_by_type: Any, **kwargs: Any) -> Any:
         parent = self.tasks.get(submitting_task) if submitting_task else None
         pool = pool_of(parent) if parent is not None else None
         self._parent = None if pool is None else (pool, is_pinned(parent))
+        self._plan = annotations_by_type.pop(PLAN, {}).get(PLAN, {})
         try:
-            return super()._create_taskstate_from_graph(submitting_task=submitting_task, **kwargs)
+            return super()._create_taskstate_from_graph(
+                submitting_task=submitting_task, annotations_by_type=annotations_by_type, **kwargs
+            )
         finally:
-            self._parent = None
+            self._parent, self._plan = None, {}
 
     def _apply_annotations(self, tasks: Any, annotations_by_type: Any, global_annotations: Any = None) -> Any:
         keys = super()._apply_annotations(tasks, annotations_by_type, global_annotations)
+        if ANNOTATION in annotations_by_type or (global_annotations and ANNOTATION in global_annotations):
+            for ts in tasks:
+                hold_as_noted(ts)
+        if self._plan:
+            held_by_key = self._plan
+            for ts in tasks:
+                held = held_by_key.get(ts.key)
+                if held is not None:
+                    ts.resource_restrictions = held
         if self._parent is not None:
             self._inherit(tasks, *self._parent)
         return keys
@@ -305,7 +322,7 @@ class PoolScheduler(Scheduler):
             if ts.annotations and ANNOTATION in ts.annotations:
                 continue
             if any(name.startswith(POOL_PREFIX) for name in ts.resource_restrictions or ()):
-                continue
+                continue  # placed, or somebody's own demand
             assign_pool(ts, pool, pinned=pinned)
             self.pool_counts["inherited"] += 1
 
@@ -387,8 +404,10 @@ def enlist(scheduler: Any, is_pool_expected: Callable[[str], bool]) -> PoolSched
     scheduler.pool_counts = Counter()
     scheduler.pool_sizes = SizeBook()
     scheduler.is_pool_expected = is_pool_expected
-    scheduler._parent = None
+    scheduler._parent, scheduler._plan = None, {}
     scheduler.__class__ = kind
+    for ts in scheduler.tasks.values():
+        hold_as_noted(ts)
     queue = PoolQueue(scheduler._lane)
     for ts in scheduler.queued.sorted():
         queue.add(ts)

@@ -6,9 +6,10 @@ which pool a task should get (:mod:`meshcompute.planning`).
 
 Notes
 -----
-A task is ours when ``ts.resource_restrictions`` holds ``pool-<name>`` and ``ts.annotations["pool"]`` is
-``{"name": <name>, "pinned": bool}``. Pinned by the user, it waits for its pool and fails with a clear error; placed
-by a planner, it leaves a pool that is lost. Everything else on the scheduler is left as in stock Dask.
+A task is ours when its ``resource_restrictions`` are of the class :class:`meshcompute.pools.Held`, which a plan brings
+along; or which a task without a plan gets whose resources name ``pool-<name>`` and whose annotation ``pool`` is
+``{"name": <name>, "pinned": bool}``. Pinned by the user, it waits for its pool and fails with a clear error; placed by a
+planner, it leaves a pool that is lost. Everything else on the scheduler is left as in stock Dask.
 """
 
 from __future__ import annotations

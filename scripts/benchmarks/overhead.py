@@ -43,16 +43,16 @@ def build(n_tasks: int, way: str, nonce: int) -> da.Array:
     def values(x: np.ndarray, nonce: int) -> np.ndarray:
         return x + nonce
 
-    def load() -> da.Array:
-        return da.map_blocks(values, da.zeros((n, 10), chunks=(1, 10)), nonce, dtype=float)
+    def load(site: int) -> da.Array:  # two data sets: Dask would read one of the same name once
+        return da.map_blocks(values, da.zeros((n, 10), chunks=(1, 10)), 2 * nonce + site, dtype=float)
 
     if way == "stock":
-        a, b = load(), load() * 2
+        a, b = load(0), load(1) * 2
     else:
         with pool("a"):
-            a = load()
+            a = load(0)
         with pool("b"):
-            b = load() * 2
+            b = load(1) * 2
     return (a.rechunk((1, 10)) + b[::-1]).sum()
 
 
