@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
 import toolz
@@ -125,67 +125,69 @@ def _as(kind: type[AnyTask], task: Task) -> AnyTask:
     return new
 
 
-def extract_pins(graph: Graph, *, in_place: bool = False) -> tuple[Graph, dict[Key, Pin]]:
+def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
     """Take the pins off the tasks.
 
     Parameters
     ----------
     graph
         Tasks as Dask's optimisation left them. Not changed.
-    in_place
-        The tasks belong to the caller alone: change them, instead of copies.
 
     Returns
     -------
     dict
-        The same tasks without anything of ours in them.
+        The same tasks without anything of ours in them. A fused task whose parts must run in different pools is taken
+        apart.
     dict
         Pin by key, for the tasks that have one. A fused task has what all its parts allow.
     """
     pins: dict[Key, Pin] = {}
-    plain: Graph = {}
-    extractor = _Extractor(in_place=in_place)
-    todo = list(graph.items())
-    for key, task in todo:  # a million tasks: what most of them are comes first
+    plain = dict(graph)
+    extractor = _Extractor()
+    todo: list[tuple[Key, GraphNode]] = list(graph.items())
+    for key, task in todo:
         kind = type(task)
-        plain[key] = task
         if kind is Alias or kind is DataNode or not isinstance(task, Task):
             continue
-        if task.func is _execute_subgraph or any(map(_is_task, task.args)):
-            if (fused := extractor.conflict(task)) is not None:
-                del plain[key]
-                todo += _taken_apart(key, fused).items()
+        fused: Task = task
+        while is_copied(fused) and isinstance(fused.args[0], Task):
+            fused = fused.args[0]
+        if fused.func is _execute_subgraph:
+            found = extractor.pins_of(fused.args[0])
+            if len(found) > 1 and _is_conflict(found):
+                parts = _taken_apart(key, fused)
+                plain.update(parts)
+                todo += parts.items()
                 continue
-            plain[key], pin = extractor(task)
-            if pin is not None:
-                pins[key] = pin
-        elif kind is not Task and isinstance(task, PinnedTask):
-            pins[key] = task._pin
-            plain[key] = extractor.stripped(task)
+            if not found and kind is Task and fused is task:
+                continue
+        new, pin = extractor(task)
+        if new is not task:
+            plain[key] = new
+        if pin is not None:
+            pins[key] = pin
     return plain, pins
 
 
-def _is_task(part: object) -> bool:
-    return isinstance(part, Task)
+def _is_conflict(pins: Iterable[Pin]) -> bool:
+    found = {frozenset(pin.pools) for pin in pins if pin.pools}
+    return len(found) > 1 and not frozenset.intersection(*found)
 
 
 class _Extractor:
     """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one)."""
 
-    def __init__(self, *, in_place: bool) -> None:
-        self._in_place = in_place
+    def __init__(self) -> None:
         self._pins: dict[int, tuple[dict[Key, Any], tuple[Pin, ...]]] = {}
-        self._subgraphs: dict[int, tuple[dict[Key, Any], dict[Key, Any]]] = {}
+        self._subgraphs: dict[int, dict[Key, Any]] = {}
 
-    def __call__(self, task: GraphNode) -> tuple[GraphNode, Pin | None]:
-        if not isinstance(task, Task):
-            return task, None
+    def __call__(self, task: Task) -> tuple[Task, Pin | None]:
         pin = None
         if isinstance(task, PinnedTask):
             pin = task._pin
-            task = self.stripped(task)
+            task = _as(Task, task)
         if task.func is _execute_subgraph:
-            for inner_pin in self._pins_of(task.args[0]):
+            for inner_pin in self.pins_of(task.args[0]):
                 pin = _both(pin, inner_pin)
             inner = self._subgraph(task.args[0])
             if inner is not task.args[0]:
@@ -199,51 +201,38 @@ class _Extractor:
                 pin = _both(pin, arg_pin)
         return task, pin
 
-    def stripped(self, task: PinnedTask) -> Task:
-        """Make a plain task of one with a pin, and of nothing in it."""
-        if not self._in_place:
-            return _as(Task, task)
-        task.__class__ = Task
-        return task
-
-    def conflict(self, task: Task) -> Task | None:
-        """Find the fused task in a task whose parts must run in different pools."""
-        while is_copied(task) and isinstance(task.args[0], Task):
-            task = task.args[0]
-        if task.func is not _execute_subgraph:
-            return None
-        pins = self._pins_of(task.args[0])
-        if len(pins) < 2:
-            return None
-        found = {frozenset(pin.pools) for pin in pins if pin.pools}
-        return task if len(found) > 1 and not frozenset.intersection(*found) else None
-
-    def _pins_of(self, graph: dict[Key, Any]) -> tuple[Pin, ...]:
-        """Find the pins of a sub-graph, each once."""
+    def pins_of(self, graph: dict[Key, Any]) -> tuple[Pin, ...]:
+        """Find the pins in a sub-graph, each once."""
         if (known := self._pins.get(id(graph))) is not None:
             return known[1]
-        found: dict[Pin, None] = {}
+        found: tuple[Pin, ...] = ()
         for task in graph.values():
             kind = type(task)
             if kind is Alias or kind is DataNode or not isinstance(task, Task):
                 continue
-            if task.func is _execute_subgraph or any(map(_is_task, task.args)):
-                found.update(dict.fromkeys(_pins_in(task)))
-            elif kind is not Task and isinstance(task, PinnedTask):
-                found[task._pin] = None
-        self._pins[id(graph)] = graph, (pins := tuple(found))  # the graph itself, so that its id stays taken
-        return pins
+            pins: Iterable[Pin] = ()
+            if kind is Task and task.func is _execute_subgraph:
+                pins = self.pins_of(task.args[0])
+            elif kind is not Task or any(map(_is_task, task.args)):
+                pins = _pins_in(task)
+            for pin in pins:
+                if pin not in found:
+                    found = (*found, pin)
+        self._pins[id(graph)] = graph, found  # the graph itself, so that its id stays taken
+        return found
 
     def _subgraph(self, graph: dict[Key, Any]) -> dict[Key, Any]:
-        if not self._pins_of(graph):
+        if not self.pins_of(graph):
             return graph
-        if (known := self._subgraphs.get(id(graph))) is not None:
-            return known[1]
-        new = {key: self(task)[0] for key, task in graph.items()}
-        is_changed = any(new[key] is not task for key, task in graph.items())
-        result = new if is_changed else graph
-        self._subgraphs[id(graph)] = graph, result
+        result = self._subgraphs.get(id(graph))
+        if result is None:
+            result = {key: self(task)[0] if isinstance(task, Task) else task for key, task in graph.items()}
+            self._subgraphs[id(graph)] = result
         return result
+
+
+def _is_task(part: object) -> bool:
+    return isinstance(part, Task)
 
 
 def _with_args(task: Task, args: tuple[Any, ...]) -> Task:
@@ -258,15 +247,16 @@ def _both(a: Pin | None, b: Pin | None) -> Pin | None:
     if a is None or b is None or a == b:
         return a if b is None else b
     resources = tuple(sorted(toolz.merge_with(max, dict(a.resources), dict(b.resources)).items()))
+    marks = a.stays or b.stays, a.leaves or b.leaves
     if not a.pools or not b.pools:
-        return Pin(a.pools or b.pools, resources)
+        return Pin(a.pools or b.pools, resources, *marks)
     pools = tuple(p for p in a.pools if p in b.pools)
     if not pools:
         raise UnsupportedPinError(
             f"One task reads data of pool {a} and of pool {b} in a single step that Dask does not let us take apart. "
             "Open each pool's data inside its own pool() block and combine them outside."
         )
-    return Pin(pools, resources)
+    return Pin(pools, resources, *marks)
 
 
 def _pins_in(task: Any) -> Iterator[Pin]:
