@@ -287,7 +287,7 @@ def _place(
         together=[[index[key] for key in group] for group in shuffles],
     )
     try:
-        pools = placement.place(graph, len(names))
+        pools = placement.place(graph, len(names)).pools
     except placement.ContradictingPinsError as exc:
         group = [taskgraph.name_of(keys[i]) for i in exc.tasks]
         raise UnsupportedPinError(

@@ -25,10 +25,15 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_flow
 
-from meshcompute.placement import FREE, ContradictingPinsError, Graph, bytes_between, place
+from meshcompute.placement import FREE, ContradictingPinsError, Graph, bytes_between
+from meshcompute.placement import place as placement_of
 from meshcompute.sizes import estimate_nbytes
 
 SIZES = (0.0, 1.0, 10.0, 100.0, 1000.0)
+
+
+def place(graph: Graph, n_pools: int) -> list[int]:
+    return placement_of(graph, n_pools).pools
 
 
 def total_bytes(graph: Graph, pools: Sequence[int]) -> float:
