@@ -69,11 +69,12 @@ class Reader:
         function = getattr(task, "func", None)
         if function is not _execute_subgraph:
             return self._single(task, function)
-        first, *others = task.args[0].values()
+        steps = iter(task.args[0].values())
+        first = next(steps)
         step = self._single(first, getattr(first, "func", None))
         if step is None or first.dependencies != task.dependencies:
             return None
-        if step.is_combine and not all(self._continues(other, step) for other in others):
+        if step.is_combine and not all(self._continues(other, step) for other in steps):
             step = replace(step, is_combine=False)
         return step
 

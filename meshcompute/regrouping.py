@@ -44,6 +44,7 @@ from meshcompute.reductionsteps import Reader, Step, first_key, merged, with_inp
 
 __all__ = ["Regrouped", "Regrouping", "regroup"]
 
+_SHORT = 4  # a chain of so many tasks is walked again sooner than looked up
 _LEAST_SAVING = 1e-6  # of what crosses: less is a rounding error of the comparison
 
 
@@ -70,11 +71,12 @@ class Regrouped:
 class _Tree:
     """One reduction: its last step, the combines below it, and the values that it reduces."""
 
-    root: Key
-    step: Step
-    combines: list[Key]  # each after the one that reads it
+    nodes: list[Key]  # the last step, then the combines, each after the one that reads it
+    parents: list[int]  # for each node, the index of the one that reads it; -1 for the last step
     leaves: list[Key]  # in the order in which they are read
-    pools: list[str] = field(default_factory=list)  # one for each leaf
+    readers: list[int]  # for each leaf, the index of the node that reads it
+    names: list[Key]  # aliases of nodes
+    pools: list[str] = field(default_factory=list)  # for each leaf
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -165,66 +167,84 @@ def regroup(
     if not steps:
         return Regrouping()
     inner = {key for key, step in steps.items() if step.is_combine and not is_kept(key) and pools_of(key) is None}
-    _drop_those_with_other_readers(inner, tasks, steps, aliases, is_kept)
+    names = {alias: target for alias, target in aliases.items() if target in inner}
     homes = _Homes(tasks, nbytes, pools_of)
-    trees: list[tuple[_Tree, float]] = []
+    trees = _grown(steps, inner, names)
+    if not sum(map(homes.assign, trees)):
+        return Regrouping()
+    if others := _with_other_readers(inner, names, tasks, steps, is_kept):
+        inner -= others
+        trees = _grown(steps, inner, names)
+        for tree in trees:
+            homes.assign(tree)
+    chosen: list[tuple[_Tree, float]] = []
     needed: set[Key] = set()
-    for root, step in steps.items():
-        if root in inner:
-            continue
-        tree = _grown(root, steps, aliases, inner)
-        is_split = homes.assign(tree)
-        if is_split and step.reduction.condition:
-            is_split = holds(step.reduction.condition, _layer_of(first_key(tasks[root])))
-        if is_split and (saving := _saving(tree, steps, aliases, inner, nbytes)) > 0.0:
-            trees.append((tree, saving))
+    for tree in trees:
+        saving = 0.0
+        if tree.pools:
+            root = tree.nodes[0]
+            condition = steps[root].reduction.condition
+            if not condition or holds(condition, _layer_of(first_key(tasks[root]))):
+                saving = _saving(tree, nbytes)
+        if saving > 0.0:
+            chosen.append((tree, saving))
         else:
-            needed.update(tree.combines)
-    return _rebuilt(tasks, nbytes, trees, steps=steps, needed=needed)
+            needed.update(tree.nodes, tree.names)
+    return _rebuilt(tasks, nbytes, chosen, steps=steps, needed=needed)
 
 
-def _drop_those_with_other_readers(
-    inner: set[Key],
+def _with_other_readers(
+    inner: Container[Key],
+    names: Mapping[Key, Key],
     tasks: Mapping[Key, GraphNode],
     steps: Mapping[Key, Step],
-    aliases: Mapping[Key, Key],
     is_kept: Callable[[Key], bool],
-) -> None:
-    """Leave only those combines that nothing but steps of the same reductions read."""
-    named = {alias: target for alias, target in aliases.items() if target in inner}
-    inner.difference_update([target for alias, target in named.items() if is_kept(alias)])
-    if not inner:
-        return
-    watched = inner | named.keys()
+) -> set[Key]:
+    """Find the combines that something else than a step of the same reduction reads."""
+    found = {target for alias, target in names.items() if is_kept(alias)}
+    watched = {**{key: key for key in steps if key in inner}, **names}
+    keys = watched.keys()
     for key, task in tasks.items():
-        if watched.isdisjoint(task.dependencies):
+        dependencies = task.dependencies
+        if not dependencies or keys.isdisjoint(dependencies) or key in names:
             continue
         step = steps.get(key)
-        for dep in task.dependencies & watched:
-            target = named.get(dep, dep)
-            if step is None:
-                if key not in named:
-                    inner.discard(target)
-            elif step.reduction.identity != steps[target].reduction.identity:
-                inner.discard(target)
+        for dep in dependencies:
+            target = watched.get(dep)
+            if target is not None and (step is None or step.reduction.identity != steps[target].reduction.identity):
+                found.add(target)
+    return found
 
 
-def _grown(root: Key, steps: Mapping[Key, Step], aliases: Mapping[Key, Key], inner: Container[Key]) -> _Tree:
-    """Collect the combines and leaves of a tree."""
-    step = steps[root]
-    combines, leaves = [], []
-    stack = list(reversed(step.inputs))
+def _grown(steps: Mapping[Key, Step], inner: set[Key], names: Mapping[Key, Key]) -> list[_Tree]:
+    """Collect the trees of a graph."""
+    target_of = {**{key: key for key in inner}, **{alias: key for alias, key in names.items() if key in inner}}
+    below: set[Key] = set()
+    trees = [_grown_from(root, steps, target_of, below) for root in steps if root not in inner]
+    # Combines that no step reads: what a user did with keepdims=True looks like one.
+    trees += [_grown_from(root, steps, target_of, below) for root in steps if root in inner and root not in below]
+    return [tree for tree in trees if tree.nodes[0] not in below]
+
+
+def _grown_from(root: Key, steps: Mapping[Key, Step], target_of: Mapping[Key, Key], below: set[Key]) -> _Tree:
+    tree = _Tree(nodes=[root], parents=[-1], leaves=[], readers=[], names=[])
+    leaves, readers = tree.leaves, tree.readers
+    stack = [(0, key) for key in reversed(steps[root].inputs)]
     while stack:
-        key = stack.pop()
-        target = aliases.get(key, key)
-        if target in inner:
-            combines.append(target)
-            if target is not key:
-                combines.append(key)
-            stack += reversed(steps[target].inputs)
-        else:
+        reader, key = stack.pop()
+        target = target_of.get(key)
+        if target is None:
             leaves.append(key)
-    return _Tree(root=root, step=step, combines=combines, leaves=leaves)
+            readers.append(reader)
+            continue
+        if target is not key:
+            tree.names.append(key)
+        below.add(target)
+        node = len(tree.nodes)
+        tree.nodes.append(target)
+        tree.parents.append(reader)
+        stack += [(node, below_it) for below_it in reversed(steps[target].inputs)]
+    return tree
 
 
 class _Homes:
@@ -243,9 +263,25 @@ class _Homes:
 
     def of(self, key: Key) -> tuple[str, ...]:
         """Name the pools in which a value may lie, all as good as each other; none: anywhere."""
+        found = self._found
+        if (home := self._pools_of(key)) is not None:
+            return home
+        passed: list[Key] = []  # along chains nothing has to be weighed
+        current = key
+        while (home := found.get(current)) is None and (home := self._pools_of(current)) is None:
+            task = self._tasks.get(current)
+            if task is None or len(task.dependencies) != 1:
+                home = self._weighed(current)
+                break
+            passed.append(current)
+            (current,) = task.dependencies
+        if len(passed) > _SHORT:
+            found.update(dict.fromkeys(passed, home))
+        return home
+
+    def _weighed(self, key: Key) -> tuple[str, ...]:
+        """Find the home of a value of several inputs after theirs, without recursion: chains can be long."""
         found, tasks = self._found, self._tasks
-        if (known := found.get(key)) is not None:
-            return known
         stack, entered = [key], set()
         while stack:
             current = stack[-1]
@@ -277,78 +313,69 @@ class _Homes:
         return tuple(sorted([pool for pool, size in held.items() if size >= most * (1 - 1e-9)]))
 
     def assign(self, tree: _Tree) -> bool:
-        """Give each leaf of a tree a pool.
+        """Give each leaf of a tree a pool, if there are several.
 
         Returns
         -------
         bool
-            Whether there are several.
+            Whether there are.
         """
-        choices = [self.of(leaf) for leaf in tree.leaves]
-        if len(set(choices)) == 1 and len(choices[0]) < 2:
+        choices = list(map(self.of, tree.leaves))
+        kinds = set(choices)
+        if len(kinds) == 1 and len(choices[0]) < 2:
             return False
         count = Counter([pools[0] for pools in choices if len(pools) == 1])
         ranked = sorted(count, key=lambda pool: (-count[pool], pool))
         rank = {pool: i for i, pool in enumerate(ranked)}
-        for pools in choices:
+        for pools in sorted(kinds):
             for pool in pools:
                 rank.setdefault(pool, len(rank))
         best = min(rank, key=rank.__getitem__, default="")
-        tree.pools = [min(pools, key=rank.__getitem__) if pools else best for pools in choices]
-        return len(set(tree.pools)) > 1
+        choice = {pools: min(pools, key=rank.__getitem__) if pools else best for pools in kinds}
+        if len(set(choice.values())) == 1:
+            return False
+        tree.pools = [choice[pools] for pools in choices]
+        return True
 
 
-def _saving(
-    tree: _Tree,
-    steps: Mapping[Key, Step],
-    aliases: Mapping[Key, Key],
-    inner: Container[Key],
-    nbytes: Mapping[Key, float],
-) -> float:
+def _saving(tree: _Tree, nbytes: Mapping[Key, float]) -> float:
     """Return how many bytes fewer cross if a tree is regrouped, wherever its result is wanted.
 
     Notes
     -----
     By dynamic programming over the given tree (Sankoff 1975): its least cost with a combine in this pool or that.
     """
-    pools = sorted(set(tree.pools))
-    number = {pool: i for i, pool in enumerate(pools)}
-    pool_of_leaf = dict(zip(tree.leaves, tree.pools, strict=True))
-    part = _part_nbytes(tree, nbytes)
-    costs: dict[Key, list[float]] = {}
-    for key in (*reversed(tree.combines), tree.root):
-        if key in aliases:
-            continue
-        total = [0.0] * len(pools)
-        everywhere = 0.0
-        for child in steps[key].inputs:
-            target = aliases.get(child, child)
-            if target in inner:
-                below = costs[target]
-                least = min(below) + part
-                total = [sofar + min(cost, least) for sofar, cost in zip(total, below, strict=True)]
-            else:
-                size = _size(nbytes, child)
-                everywhere += size
-                total[number[pool_of_leaf[child]]] -= size
-        costs[key] = [cost + everywhere for cost in total]
-    given = costs[tree.root]
-    sent = [0.0] * len(pools)
-    for leaf, pool in pool_of_leaf.items():
-        sent[number[pool]] += _size(nbytes, leaf)
-    sent = [min(size, part) for size in sent]
+    number = {pool: i for i, pool in enumerate(sorted(set(tree.pools)))}
+    leaf_nbytes = _mean_nbytes(tree.leaves, nbytes)
+    part_nbytes = _mean_nbytes(tree.nodes[1:] or tree.leaves, nbytes)
+    costs = [[0.0] * len(number) for _ in tree.nodes]
+    read = [0] * len(tree.nodes)
+    counts = [0] * len(number)
+    for reader, pool in zip(tree.readers, tree.pools, strict=True):
+        own = number[pool]
+        costs[reader][own] -= leaf_nbytes
+        read[reader] += 1
+        counts[own] += 1
+    for node in range(len(costs) - 1, -1, -1):
+        everywhere = read[node] * leaf_nbytes
+        cost = costs[node] = [everywhere + less for less in costs[node]]
+        if node:
+            elsewhere = min(cost) + part_nbytes
+            above = tree.parents[node]
+            costs[above] = [sofar + min(here, elsewhere) for sofar, here in zip(costs[above], cost, strict=True)]
+    given = costs[0]
+    sent = [min(count * leaf_nbytes, part_nbytes) for count in counts]
     regrouped = [sum(sent) - size for size in sent]
-    result = _size(nbytes, tree.root)  # it may be made elsewhere than it is wanted
+    result = _mean_nbytes(tree.nodes[:1], nbytes)  # it may be made elsewhere than it is wanted
     saving = max(
         min(a, min(given) + result) - min(b, min(regrouped) + result) for a, b in zip(given, regrouped, strict=True)
     )
     return saving if saving > _LEAST_SAVING * max(given) else 0.0
 
 
-def _part_nbytes(tree: _Tree, nbytes: Mapping[Key, float]) -> float:
-    """Return the size of a merged part of a tree: that of its combines, else that of its leaves."""
-    known = [_size(nbytes, key) for key in (tree.combines or tree.leaves)]
-    return sum(known) / len(known)
+def _mean_nbytes(keys: Sequence[Key], nbytes: Mapping[Key, float]) -> float:
+    mean = sum([nbytes.get(key, 1.0) for key in keys]) / len(keys)
+    return mean if 0.0 < mean < math.inf else 1.0
 
 
 def _size(nbytes: Mapping[Key, float], key: Key) -> float:
@@ -370,9 +397,10 @@ def _rebuilt(
     names: dict[tuple[str, str, Key], str] = {}
     gone: set[Key] = set()
     for tree, saving in trees:
-        root, step = tree.root, tree.step
-        most = max(2, len(step.inputs), *[len(steps[key].inputs) for key in tree.combines if key in steps])
-        part_nbytes = _part_nbytes(tree, nbytes)
+        root = tree.nodes[0]
+        step = steps[root]
+        most = max(2, *[len(steps[key].inputs) for key in tree.nodes])
+        part_nbytes = _mean_nbytes(tree.nodes[1:] or tree.leaves, nbytes)
         leaves_by_pool: dict[str, list[Key]] = {}
         for leaf, pool in zip(tree.leaves, tree.pools, strict=True):
             leaves_by_pool.setdefault(pool, []).append(leaf)
@@ -389,7 +417,7 @@ def _rebuilt(
             top, batch = parts.popitem()
             result._merged_by_part[top] = batch
             inputs.append(top)
-        gone.update([key for key in tree.combines if key not in needed])
+        gone.update(tree.nodes[1:], tree.names)
         task = tasks[root]
         assert isinstance(task, Task)
         tasks[root] = with_inputs(task, step, inputs)
@@ -397,7 +425,8 @@ def _rebuilt(
         result._n_readers.update(inputs)
         saved.setdefault(str(key_split(root)), []).append(saving)
     for key in gone:
-        tasks.pop(key, None)
+        if key not in needed:
+            del tasks[key]
     result.kinds = tuple(
         Regrouped(name=name, count=len(sizes), nbytes_saved=sum(sizes)) for name, sizes in sorted(saved.items())
     )
