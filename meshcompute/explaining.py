@@ -1,8 +1,8 @@
 """The plan, before anything runs: which pool does what, and what will cross between pools.
 
-Covers :func:`explain` and the :class:`Plan` it returns, with how sure its sizes are, and the questions about a collection's
-pins, :func:`get_pool` and :func:`propagate_pools_in_collection`. Does not cover pictures (:mod:`meshcompute.plots`)
-or what was measured in a run (:mod:`meshcompute.traffic`).
+Covers :func:`explain` and the :class:`Plan` it returns, with how sure its sizes are, and the questions about the pins
+of a collection, :func:`get_pool` and :func:`propagate_pools_in_collection`. Does not cover pictures
+(:mod:`meshcompute.plots`) or what was measured in a run (:mod:`meshcompute.traffic`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from dask.utils import format_bytes
 from distributed.client import _get_global_client
 
 from meshcompute import pinnedtasks, planning, taskgraph
+from meshcompute.clients import links_wanted
 from meshcompute.comparing import Comparison
 from meshcompute.errors import NotACollectionError
 from meshcompute.learning import Sure, group_of
@@ -89,6 +90,11 @@ class Plan:
     bytes_between_pools : dict of (str, str) to int
         Predicted bytes from a source to a destination pool, or to ``"client"``. A value counts once per
         destination, with its size in memory: packed, fewer bytes cross, how many nobody knows before the run.
+    seconds_between_pools : dict of (str, str) to float
+        Predicted seconds that this takes across the link, one value after the other, for the links whose bandwidth is
+        given or was measured.
+    money_between_pools : dict of (str, str) to float
+        Predicted price, for the links that have one.
     bytes_by_certainty : dict of str to int
         Predicted bytes that cross, by how sure their sizes are: ``"measured"`` (the values are in memory),
         ``"from metadata"`` (chunks and dtypes, literals, rows that files count), ``"learnt"`` (from earlier runs on
@@ -131,9 +137,26 @@ class Plan:
                 key=lambda c: (-c.nbytes, c.name),
             )
         )
+        self._weigh_links()
 
     def _nbytes(self, key: Key) -> float:
         return self._assignment.nbytes_by_key.get(key, 0.0)
+
+    def _weigh_links(self) -> None:
+        links = self._assignment.links
+        counts: Counter[tuple[str, str]] = Counter()
+        for crossing in self.crossings:
+            counts[crossing.source, crossing.destination] += crossing.count
+        self.seconds_between_pools: dict[tuple[str, str], float] = {
+            pair: links.seconds(*pair, nbytes, counts[pair])
+            for pair, nbytes in self.bytes_between_pools.items()
+            if links.is_known(*pair)
+        }
+        self.money_between_pools: dict[tuple[str, str], float] = {
+            pair: cost
+            for pair, nbytes in self.bytes_between_pools.items()
+            if (cost := links.cost(*pair, nbytes)) is not None
+        }
 
     def certainty_of(self, key: Key) -> str:
         """Tell how sure the size of a value is; the words are those of ``bytes_by_certainty``.
@@ -258,8 +281,9 @@ class Plan:
         free = self.n_tasks - sum(self.tasks_by_pool.values())
         if free:
             lines.append(f"{'(anywhere)':<24}{free:>10}")
-        lines += ["", f"{'from -> to':<34}{'predicted':>14}"]
-        lines += [f"{f'{a} -> {b}':<34}{format_bytes(n):>14}" for (a, b), n in self.bytes_between_pools.items()]
+        lines += ["", f"{'from -> to':<34}{'predicted':>14}{''.join(f'{head:>12}' for head in self._link_heads())}"]
+        for a, b, nbytes, *weights in self._link_rows():
+            lines.append(f"{f'{a} -> {b}':<34}{nbytes:>14}{''.join(f'{weight:>12}' for weight in weights)}")
         if not self.bytes_between_pools:
             lines.append("nothing crosses between pools")
         elif self.compression != OFF:
@@ -279,6 +303,19 @@ class Plan:
 
     __repr__ = __str__
 
+    def _link_heads(self) -> list[str]:
+        return ["seconds"] * bool(self.seconds_between_pools) + ["money"] * bool(self.money_between_pools)
+
+    def _link_rows(self) -> Iterator[tuple[str, ...]]:
+        for pair, nbytes in self.bytes_between_pools.items():
+            seconds, money = self.seconds_between_pools.get(pair), self.money_between_pools.get(pair)
+            weights = []
+            if self.seconds_between_pools:
+                weights.append("" if seconds is None else f"{seconds:.3g}")
+            if self.money_between_pools:
+                weights.append("" if money is None else f"{money:.3g}")
+            yield (*pair, format_bytes(nbytes), *weights)
+
     def _certainty_note(self) -> str:
         return "sizes: " + ", ".join(f"{format_bytes(n)} {sure}" for sure, n in self.bytes_by_certainty.items())
 
@@ -294,9 +331,7 @@ class Plan:
             ("pool", "tasks", "makes"),
             ((p, n, format_bytes(self.bytes_by_pool.get(p, 0))) for p, n in self.tasks_by_pool.items()),
         )
-        between = table(
-            ("from", "to", "predicted"), ((a, b, format_bytes(n)) for (a, b), n in self.bytes_between_pools.items())
-        )
+        between = table(("from", "to", "predicted", *self._link_heads()), self._link_rows())
         crossings = table(
             ("predicted", "from", "to", "values", "read by"),
             (
@@ -338,6 +373,8 @@ def explain(*collections: Any) -> Plan:
     ------
     NotACollectionError
         An argument is not a Dask collection.
+    SovereigntyError
+        A value that must not leave its pools is wanted elsewhere, the client included.
     """
     for collection in collections:
         if not is_dask_collection(collection):
@@ -346,13 +383,18 @@ def explain(*collections: Any) -> Plan:
         raise NotACollectionError("explain", "nothing")
     activate()
     expr = FinalizeCompute(collections_to_expr(collections)).optimize()
-    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())))
+    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())), is_gathered=True)
     return Plan(assignment, compression=mode_of(setting("compression")))
 
 
-def _assign(expr: Any, keys: tuple[Key, ...]) -> planning.Assignment:
+def _assign(expr: Any, keys: tuple[Key, ...], *, is_gathered: bool) -> planning.Assignment:
     request = planning.Request(
-        keys=keys, pin=current_pin(), is_propagating=True, is_regrouping=bool(setting("regroup-reductions"))
+        keys=keys,
+        pin=current_pin(),
+        is_propagating=True,
+        is_regrouping=bool(setting("regroup-reductions")),
+        **links_wanted(),
+        is_gathered=is_gathered,
     )
     return planning.assign(expr, request, _view())
 
@@ -432,7 +474,7 @@ def propagate_pools_in_collection(collection: T) -> T:
         raise NotACollectionError("propagate_pools_in_collection", type(collection).__name__)
     activate()
     expr = collections_to_expr(collection).optimize()
-    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())))
+    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())), is_gathered=False)
     tasks = {
         key: pinnedtasks.pinned(task, Pin((pool,))) if (pool := assignment.pool_by_key.get(key)) else task
         for key, task in assignment.tasks.items()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
 
@@ -144,8 +145,8 @@ def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
     pins: dict[Key, Pin] = {}
     plain = dict(graph)
     extractor = _Extractor()
-    todo: list[tuple[Key, GraphNode]] = list(graph.items())
-    for key, task in todo:
+    apart: list[tuple[Key, GraphNode]] = []
+    for key, task in itertools.chain(graph.items(), apart):
         kind = type(task)
         if kind is Alias or kind is DataNode or not isinstance(task, Task):
             continue
@@ -157,7 +158,7 @@ def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
             if len(found) > 1 and _is_conflict(found):
                 parts = _taken_apart(key, fused)
                 plain.update(parts)
-                todo += parts.items()
+                apart += parts.items()
                 continue
             if not found and kind is Task and fused is task:
                 continue
@@ -175,10 +176,13 @@ def _is_conflict(pins: Iterable[Pin]) -> bool:
 
 
 class _Extractor:
-    """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one)."""
+    """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one).
+
+    They are known by their id: what is asked about must be kept by who asks.
+    """
 
     def __init__(self) -> None:
-        self._pins: dict[int, tuple[dict[Key, Any], tuple[Pin, ...]]] = {}
+        self._pins: dict[int, tuple[Pin, ...]] = {}
         self._subgraphs: dict[int, dict[Key, Any]] = {}
 
     def __call__(self, task: Task) -> tuple[Task, Pin | None]:
@@ -204,7 +208,7 @@ class _Extractor:
     def pins_of(self, graph: dict[Key, Any]) -> tuple[Pin, ...]:
         """Find the pins in a sub-graph, each once."""
         if (known := self._pins.get(id(graph))) is not None:
-            return known[1]
+            return known
         found: tuple[Pin, ...] = ()
         for task in graph.values():
             kind = type(task)
@@ -218,7 +222,7 @@ class _Extractor:
             for pin in pins:
                 if pin not in found:
                     found = (*found, pin)
-        self._pins[id(graph)] = graph, found  # the graph itself, so that its id stays taken
+        self._pins[id(graph)] = found
         return found
 
     def _subgraph(self, graph: dict[Key, Any]) -> dict[Key, Any]:

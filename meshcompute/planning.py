@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dask._task_spec import Alias, GraphNode
@@ -21,11 +21,13 @@ from dask.typing import Key
 
 from meshcompute import learning, placement, taskgraph
 from meshcompute.errors import UnsupportedPinError
+from meshcompute.links import Link, LinkTable
 from meshcompute.live import EmptyView, Known, SchedulerView, View
 from meshcompute.pinnedtasks import extract_pins
 from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
 from meshcompute.regrouping import Regrouped, Regrouping, regroup
 from meshcompute.sizes import estimate_nbytes
+from meshcompute.sovereignty import confine, refuse_delivery
 
 __all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
 
@@ -48,6 +50,12 @@ class Request:
         Setting ``meshcompute.compression`` of the client; None: it has none.
     is_regrouping
         Setting ``meshcompute.regroup-reductions`` of the client.
+    links
+        Setting ``meshcompute.links`` of the client; None: it has none, and the scheduler's counts.
+    objective
+        Setting ``meshcompute.objective`` of the client.
+    is_gathered
+        The values go to the client at once.
     """
 
     keys: tuple[Key, ...]
@@ -56,6 +64,9 @@ class Request:
     is_propagating: bool = False
     compression: str | None = None
     is_regrouping: bool = True
+    links: tuple[Link, ...] | None = None
+    objective: str = "bytes"
+    is_gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +97,8 @@ class Assignment:
         Groups of tasks of which something was learnt in earlier runs (:func:`meshcompute.learning.group_of`).
     measured
         Keys whose values are in memory.
+    links
+        What is known of links.
     regrouped
         Reductions that merge by pool what the given graph merges across pools, by kind.
     """
@@ -101,6 +114,7 @@ class Assignment:
     guessed: frozenset[Key] | set[Key] = frozenset()
     learnt: frozenset[str] = frozenset()
     measured: frozenset[Key] = frozenset()
+    links: LinkTable = field(default_factory=LinkTable)
     regrouped: tuple[Regrouped, ...] = ()
 
 
@@ -125,6 +139,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     ------
     UnsupportedPinError
         Tasks that Dask cannot take apart are pinned to different pools.
+    SovereigntyError
+        A value that must not leave its pools is wanted elsewhere.
     """
     layers = taskgraph.layers_of(expr)
     tasks, annotations = taskgraph.materialize(expr, request.keys)
@@ -134,8 +150,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             pins.setdefault(key, pins[task.target])
     _add_annotated_pins(pins, annotations)
     if request.pin is not None and request.pin.pools:
-        pins = {key: pins.get(key, request.pin) for key in tasks}
-    pins = {key: pin for key, pin in pins.items() if pin.pools}
+        pins = {key: pins.get(key) or _pin_of_request(request.pin, key, tasks) for key in tasks}
     known = {key: seen for key in tasks if (seen := view.known(key)) is not None}
     known |= {
         key: seen
@@ -145,6 +160,12 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     for key, seen in known.items():
         if key in tasks and seen.task is not None:
             tasks[key] = seen.task  # its inputs must stay what they were: see Scheduler._generate_taskstates
+    stays = confine(tasks, pins, {key: seen.stays for key, seen in known.items() if seen.stays})
+    if stays:
+        view.watch_borders()
+    if request.is_gathered:
+        refuse_delivery(stays, request.keys)
+    pins = {key: pin for key, pin in pins.items() if pin.pools}
     if not pins and not (request.is_propagating and any(seen.pools for seen in known.values())):
         return Assignment(
             tasks=tasks,
@@ -159,6 +180,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     guessed: set[Key] = set()
     learnt: frozenset[str] = frozenset()
     regrouping = Regrouping()
+    links = LinkTable(given=request.links or (), objective=request.objective)
     shuffles = taskgraph.shuffles_of(tasks)
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
         nbytes = estimate_nbytes(tasks, layers, guessed)
@@ -166,10 +188,13 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()))
         view.expect(kinds)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
-        if request.is_propagating and request.is_regrouping:
+        if request.is_propagating and request.is_regrouping and not stays:
             held = [{*request.keys}, *annotations.values()]
             regrouping = _regroup(expr, tasks, nbytes, pins=pins, known=known, kept=held)
-        pool_by_key = _place(tasks, pins, known, nbytes, shuffles=shuffles.values(), present=view.pools())
+        links = view.links(request.links, request.objective)
+        pool_by_key = _place(
+            tasks, pins, known, nbytes, shuffles=shuffles.values(), wanted=request.keys, links=links, view=view
+        )
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
@@ -180,7 +205,9 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     for key, source in relays.items():
         if source in nbytes:
             nbytes[key] = nbytes[source]
-    held_by_key = _held(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources)
+        if source in stays:
+            stays[key] = stays[source]
+    held_by_key = _held(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources, stays=stays)
     return Assignment(
         tasks=tasks,
         annotations=annotations,
@@ -192,9 +219,21 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         keys=request.keys,
         guessed=guessed,
         learnt=learnt,
+        links=links,
         measured=frozenset([key for key, seen in known.items() if seen.is_in_memory]),
         regrouped=regrouping.kinds,
     )
+
+
+def _pin_of_request(pin: Pin, key: Key, tasks: Mapping[Key, GraphNode]) -> Pin:
+    """Pin of the surrounding block, for a task without one.
+
+    What it makes must not leave if it reads data itself, as what is submitted does. What only works on other tasks of
+    its graph (the last step of a ``compute``, for example) stays if those stay.
+    """
+    if not pin.stays or not any(dep in tasks for dep in tasks[key].dependencies):
+        return pin
+    return replace(pin, stays=False)
 
 
 def _add_annotated_pins(pins: dict[Key, Pin], annotations: dict[str, dict[Key, Any]]) -> None:
@@ -244,7 +283,9 @@ def _place(
     nbytes: Mapping[Key, float],
     *,
     shuffles: Iterable[Iterable[Key]],
-    present: Iterable[str],
+    wanted: Iterable[Key],
+    links: LinkTable,
+    view: View,
 ) -> dict[Key, str]:
     """Translate keys to integers, place, translate back."""
     # In an order that is the same in every process: where two plans cost the same, explain() and the scheduler must
@@ -252,8 +293,14 @@ def _place(
     keys = sorted({*tasks, *known}, key=str)
     index = {key: i for i, key in enumerate(keys)}
     names = sorted({p for pin in pins.values() for p in pin.pools} | {p for seen in known.values() for p in seen.pools})
+    is_present = set(view.pools())
+    seconds = None
+    if links.objective == "seconds":  # threads elsewhere may save time, too
+        names = sorted({*names, *is_present})
+        kinds = {key: taskgraph.name_of(key) for key in keys if key in tasks and not _is_held(known.get(key))}
+        durations = view.durations(set(kinds.values()))
+        seconds = [durations[kinds[key]] if key in kinds else 0.0 for key in keys]
     number = {name: i for i, name in enumerate(names)}
-    is_present = set(present)
     allowed: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def numbers(pools: tuple[str, ...]) -> tuple[int, ...]:
@@ -285,9 +332,13 @@ def _place(
         nbytes=[nbytes.get(key, 0.0) for key in keys],
         pins=pinned,
         together=[[index[key] for key in group] for group in shuffles],
+        wanted=[index[key] for key in wanted if key in index],
+        seconds=seconds,
     )
+    threads = view.threads() if seconds is not None else {}
+    costs = links.costs(names, [threads.get(name, 1.0) for name in names] if threads else None)
     try:
-        pools = placement.place(graph, len(names)).pools
+        pools = placement.place(graph, len(names), costs).pools
     except placement.ContradictingPinsError as exc:
         group = [taskgraph.name_of(keys[i]) for i in exc.tasks]
         raise UnsupportedPinError(
@@ -295,6 +346,10 @@ def _place(
             "Rechunk the data of each pool on its own, or outside of any pool() block."
         ) from exc
     return {key: names[pool] for key, pool in zip(keys, pools, strict=True) if pool >= 0}
+
+
+def _is_held(seen: Known | None) -> bool:
+    return seen is not None and seen.is_in_memory
 
 
 def _relays(
@@ -338,14 +393,20 @@ def _held(
     *,
     fetching: Container[Key],
     common: Mapping[str, float],
+    stays: Mapping[Key, tuple[str, ...]],
 ) -> dict[Key, Held]:
     """Say what the scheduler holds each task to; what users ask for beside their pools moves there, too."""
     given = annotations.get("resources", {})
     held: dict[Key, Held] = {}
     # Stolen half-way through its fetch from another pool, a task would fetch again on another worker.
     shared = functools.cache(
-        lambda pool, extra, is_pinned, is_fetching: Held(
-            pool, {**common, **dict(extra)}, is_pinned=is_pinned, is_fetching=is_fetching
+        lambda pool, extra, is_pinned, is_fetching, stays, leaves: Held(
+            pool,
+            {**common, **dict(extra)},
+            is_pinned=is_pinned,
+            is_fetching=is_fetching,
+            stays=stays,
+            leaves=leaves,
         )
     )
     for key, pool in pool_by_key.items():
@@ -355,7 +416,8 @@ def _held(
         extra = pin.resources if pin is not None else ()
         if given and key in given and isinstance(given[key], Mapping):
             extra = tuple(sorted({**split_resources(given.pop(key))[1], **dict(extra)}.items()))
-        held[key] = shared(pool, extra, pin is not None, key in fetching)
+        confined, leaves = stays.get(key, ()), pin is not None and pin.leaves
+        held[key] = shared(pool, extra, pin is not None or bool(confined), key in fetching, confined, leaves)
     return held
 
 
@@ -391,7 +453,7 @@ class PlannedExpression:
         self.__dict__.update(state)
         self.view = EmptyView()
         if (scheduler := find_scheduler(self.scheduler_id)) is not None:
-            install_guard(scheduler, self.request.compression)
+            install_guard(scheduler, self.request.compression, self.request.links)
             self.view = SchedulerView(scheduler)
 
     @functools.cached_property
@@ -427,7 +489,7 @@ def find_scheduler(scheduler_id: str) -> Any:
     return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
-def install_guard(scheduler: Any, compression: str | None = None) -> None:
+def install_guard(scheduler: Any, compression: str | None = None, links: tuple[Link, ...] | None = None) -> None:
     """Install the guard on a scheduler of this process, and packing on its workers. Idempotent.
 
     Parameters
@@ -436,9 +498,12 @@ def install_guard(scheduler: Any, compression: str | None = None) -> None:
         A running scheduler.
     compression
         Setting ``meshcompute.compression`` of the client that asks; None: it has none.
+    links
+        The same for its setting ``meshcompute.links``.
     """
     from meshcompute.schedulerpacking import apply_mode
     from meshcompute.scheduling import Guard
 
     Guard.install(scheduler)
+    scheduler.give_links(links)
     apply_mode(scheduler, compression)

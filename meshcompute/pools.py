@@ -10,7 +10,7 @@ import importlib
 import re
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask
@@ -58,6 +58,10 @@ class Pin:
         "no pin, whatever surrounds it" (``pool(None)``).
     resources
         Other worker resources that the task asks for, as sorted (name, amount) pairs.
+    stays
+        The value, and what is made of it, must not leave these pools.
+    leaves
+        The value may leave, whatever it was made of.
 
     Notes
     -----
@@ -67,12 +71,14 @@ class Pin:
 
     pools: tuple[str, ...]
     resources: tuple[tuple[str, float], ...] = ()
+    stays: bool = False
+    leaves: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive_pin, (self.pools, self.resources)
+        return _receive_pin, (self.pools, self.resources, self.stays, self.leaves)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return "meshcompute.Pin", self.pools, self.resources
+        return "meshcompute.Pin", self.pools, self.resources, self.stays, self.leaves
 
     def __str__(self) -> str:
         return " or ".join(self.pools) or "no pool"
@@ -98,6 +104,10 @@ class Held(dict[str, float]):
         Pinned there by its user: it may not leave the pool if that is lost.
     is_fetching
         It reads a value of another pool: stolen half-way, it would fetch that again.
+    stays
+        Pools that its value must not leave; none: it may go anywhere.
+    leaves
+        Its value may leave, although it reads some that must not.
 
     Attributes
     ----------
@@ -105,25 +115,36 @@ class Held(dict[str, float]):
         For the scheduler's own use: the workers that can meet it.
     """
 
-    __slots__ = ("is_fetching", "is_pinned", "lane", "pool")
+    __slots__ = ("is_fetching", "is_pinned", "lane", "leaves", "pool", "stays")
 
     def __init__(
-        self, pool: str, demands: Mapping[str, float] | None = None, *, is_pinned: bool, is_fetching: bool = False
+        self,
+        pool: str,
+        demands: Mapping[str, float] | None = None,
+        *,
+        is_pinned: bool,
+        is_fetching: bool = False,
+        stays: tuple[str, ...] = (),
+        leaves: bool = False,
     ) -> None:
         rest = {name: amount for name, amount in (demands or {}).items() if not name.startswith(POOL_PREFIX)}
         super().__init__({POOL_PREFIX + pool: 0, **rest})
         self.pool = pool
         self.is_pinned = is_pinned
         self.is_fetching = is_fetching
+        self.stays = stays
+        self.leaves = leaves
         self.lane: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)  # elsewhere it is a plain dictionary, as Dask sends it to workers
 
 
-def _receive_pin(pools: tuple[str, ...], resources: tuple[tuple[str, float], ...]) -> Pin:
+def _receive_pin(
+    pools: tuple[str, ...], resources: tuple[tuple[str, float], ...], stays: bool = False, leaves: bool = False
+) -> Pin:
     activate()
-    return Pin(pools, resources)
+    return Pin(pools, resources, stays, leaves)
 
 
 _is_active = False
@@ -238,7 +259,7 @@ def pin_of_annotations(annotations: Mapping[str, Any] | None) -> Pin | None:
             return None
         pin = Pin(pools)
     if pin.pools and rest and not pin.resources:
-        pin = Pin(pin.pools, tuple(sorted(rest.items())))
+        pin = replace(pin, resources=tuple(sorted(rest.items())))
     return pin
 
 

@@ -78,6 +78,8 @@ class PoolMemoryManager(ActiveMemoryManagerExtension):
     @_override
     def _find_recipient(self, ts: Any, candidates: set[Any] | None, pending_repl: set[Any]) -> Any:
         local = self._local_recipients(ts, candidates, pending_repl)
+        if not local and getattr(ts.resource_restrictions, "stays", ()):
+            return None
         return super()._find_recipient(ts, local or candidates, pending_repl)
 
     @or_stock(frozenset[Any]())

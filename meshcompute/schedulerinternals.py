@@ -32,10 +32,18 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "_transition_waiting_queued": ("key", "stimulus_id"),
     "add_resources": ("worker", "resources"),
     "decide_worker_non_rootish": ("ts",),
+    "gather": ("keys", "serializers"),
+    "gather_on_worker": ("worker_address", "who_has"),
+    "get_comm_cost": ("ts", "ws"),
+    "get_who_has": ("keys",),
     "handle_request_refresh_who_has": ("keys", "worker", "stimulus_id"),
+    "heartbeat_worker": ("address", "metrics"),
     "handle_worker_status_change": ("status", "worker", "stimulus_id"),
     "is_rootish": ("ts",),
+    "rebalance": ("keys",),
     "remove_resources": ("worker",),
+    "replicate": ("keys",),
+    "request_acquire_replicas": ("addr", "keys", "stimulus_id"),
     "stimulus_queue_slots_maybe_opened": ("stimulus_id",),
     "transition": ("key", "finish", "stimulus_id"),
     "transitions": ("recommendations", "stimulus_id"),
@@ -50,11 +58,12 @@ _ATTRIBUTES: dict[Any, str] = {
         "_queueable actor annotations dependencies dependents group host_restrictions loose_restrictions priority "
         "processing_on resource_restrictions run_spec waiters who_has worker_restrictions"
     ),
-    WorkerState: "address nthreads processing resources status",
+    WorkerState: "address has_what nthreads processing resources status",
 }
 # Of a living scheduler only: they are no slots.
 _INSTANCE_ATTRIBUTES = (
-    "handlers periodic_callbacks rootish_tg_dependencies_threshold rootish_tg_threshold stream_comms stream_handlers"
+    "bandwidth handlers periodic_callbacks rootish_tg_dependencies_threshold rootish_tg_threshold stream_comms "
+    "stream_handlers task_prefixes"
 )
 _TRANSITIONS = {
     ("released", "waiting"),

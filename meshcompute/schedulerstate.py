@@ -25,12 +25,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
-from distributed.scheduler import Scheduler
-
 from meshcompute.learning import SizeBook
 from meshcompute.pools import ANNOTATION, PLAN, POOL_PREFIX, Held
+from meshcompute.schedulerborders import BorderScheduler
 from meshcompute.schedulerextensions import EXTENSIONS
 from meshcompute.schedulerinternals import check_internals
+from meshcompute.schedulerlinks import LinkScheduler
 from meshcompute.schedulerqueue import (
     IdleWorkers,
     Lane,
@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 _MAX_COMPARED = 20
 
 
-class PoolScheduler(Scheduler):
+class PoolScheduler(BorderScheduler):
     """A scheduler that places, queues and counts tasks per pool.
 
     Notes
@@ -312,6 +312,8 @@ class PoolScheduler(Scheduler):
                     ts.resource_restrictions = held
         if self._parent is not None:
             self._inherit(tasks, *self._parent)
+        if self.has_borders:
+            self.check_borders(tasks)
         return keys
 
     @or_stock(None)
@@ -403,6 +405,8 @@ def enlist(scheduler: Any, is_pool_expected: Callable[[str], bool]) -> PoolSched
     scheduler.pool_lanes = lanes
     scheduler.pool_counts = Counter()
     scheduler.pool_sizes = SizeBook()
+    LinkScheduler.start_links(scheduler)
+    BorderScheduler.start_borders(scheduler)
     scheduler.is_pool_expected = is_pool_expected
     scheduler._parent, scheduler._plan = None, {}
     scheduler.__class__ = kind
@@ -414,9 +418,10 @@ def enlist(scheduler: Any, is_pool_expected: Callable[[str], bool]) -> PoolSched
     scheduler.queued = queue
     scheduler.idle_task_count = IdleWorkers(scheduler.idle_task_count, lanes)
     # Handlers were bound when the scheduler was made, to the methods of its old class.
+    ours = {name for part in PoolScheduler.__mro__ if issubclass(part, LinkScheduler) for name in vars(part)}
     for handlers in (scheduler.handlers, scheduler.stream_handlers):
         for op, handler in list(handlers.items()):
-            if getattr(handler, "__self__", None) is scheduler and handler.__name__ in vars(PoolScheduler):
+            if getattr(handler, "__self__", None) is scheduler and handler.__name__ in ours:
                 handlers[op] = getattr(scheduler, handler.__name__)
     for name, extension_kind in EXTENSIONS.items():
         extension = scheduler.extensions.get(name)

@@ -241,6 +241,9 @@ class Guard(SchedulerPlugin):
         stimulus_id = f"meshcompute-missing-pool-{now}"
         failed: set[str] = set()
         for ts, since in list(scheduler.unrunnable.items()):
+            if scheduler.pool_refused and ts.state == "no-worker" and ts.key in scheduler.pool_refused:
+                self._fail_with(ts, scheduler.pool_refused.pop(ts.key), stimulus_id)
+                continue
             if ts.state != "no-worker" or (lane := scheduler.pool_lanes.of(ts)) is None:
                 continue
             if self.is_expected(lane.pool) or self._has_present_worker(ts, lane):
@@ -278,13 +281,16 @@ class Guard(SchedulerPlugin):
             error = UnmetDemandError(pool, pools, timeout_seconds, ts.key, demands, workers)
         else:
             error = UnknownPoolError(pool, pools, timeout_seconds, ts.key)
-        recommendations = scheduler.transition(
+        self._fail_with(ts, error, stimulus_id)
+        scheduler.pool_counts["unknown_pool_errors"] += 1
+        return error
+
+    def _fail_with(self, ts: Any, error: Exception, stimulus_id: str) -> None:
+        recommendations = self._scheduler.transition(
             ts.key, "erred", exception=dumps(error), exception_text=str(error), cause=ts.key, stimulus_id=stimulus_id
         )
         # At once: it takes most others that wait for the same pool out of the list.
-        scheduler.transitions(recommendations, stimulus_id)
-        scheduler.pool_counts["unknown_pool_errors"] += 1
-        return error
+        self._scheduler.transitions(recommendations, stimulus_id)
 
     # ------------------------------------------------------------------ what tests and reports ask
 
