@@ -1,9 +1,9 @@
 """Decide what can be decided without a search, so that little is left for one.
 
 Covers the contraction of a :class:`~meshcompute.core.Core` in rounds, each of which is a few passes of numpy over what
-is left: vertices that lose nothing by going to one pool go there, groups that lose nothing by sharing a pool are joined,
-and leaves hand their costs on. Some best plan agrees with every such decision. Does not cover the search that places the
-rest (:mod:`meshcompute.mincut`, :mod:`meshcompute.multiway`).
+is left: vertices that lose nothing by going to one pool go there, groups that lose nothing by sharing a pool are
+joined, and leaves hand their costs on. Some best plan agrees with every such decision. Does not cover the search that
+places the rest (:mod:`meshcompute.mincut`, :mod:`meshcompute.multiway`).
 
 Needs numpy and scipy: imported where :func:`meshcompute.placement.place` has found both.
 
@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from meshcompute.core import Core, components
+from meshcompute.core import Core, attractive, components
 
 __all__ = ["Contraction"]
 
@@ -154,7 +154,7 @@ class Contraction:
         yields = np.bincount(core.sources[own], minlength=m)
         degrees = np.bincount(core.readers, minlength=m) + yields
         kinds = _Kinds(core, counts, own)
-        best = self._candidates(counts)
+        best = attractive(core)
         harms = self._harms(best, kinds)
         fixed = np.where(self._margins(best) >= harms * (1.0 - _TOLERANCE), best, -1)
         self._fix_readers(best, harms, counts, fixed)
@@ -176,18 +176,6 @@ class Contraction:
             parents[leaves] = np.flatnonzero(leaves)
             self._apply(fixed, parents, leaves)
         return changed
-
-    def _candidates(self, counts: Array) -> Array:
-        """Find the pool that attracts each vertex most: by prices, and by the values that it reads from there."""
-        core, k = self.core, self.core.n_pools
-        m = len(core.prices)
-        homes = ~core.sources[core.nets]
-        placed = homes >= 0
-        pull = np.zeros(m * k)
-        for weights, costs in zip(core.weights, core.costs, strict=True):
-            worth = weights[core.nets[placed]] * costs.max(axis=1)[homes[placed]]
-            pull += np.bincount(core.readers[placed] * k + homes[placed], weights=worth, minlength=m * k)
-        return np.asarray(np.argmin(core.prices - pull.reshape(m, k), axis=1))
 
     def _margins(self, best: Array) -> Array:
         """Find how much more the cheapest other pool of each vertex costs than its candidate."""

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Core", "components"]
+__all__ = ["Core", "attractive", "components"]
 
 Array = np.ndarray[Any, Any]
 
@@ -113,3 +113,26 @@ class Core:
         """
         each = [w[nets] * c[homes, destinations] for w, c in zip(self.weights, self.costs, strict=True)]
         return np.asarray(np.sum(each, axis=0, dtype=float))
+
+
+def attractive(core: Core) -> Array:
+    """Find the pool that attracts each vertex most: by its prices, and by the values that it reads from there.
+
+    Parameters
+    ----------
+    core
+        The hypergraph.
+
+    Returns
+    -------
+    ndarray of int
+        A pool for every vertex, shape (m,).
+    """
+    m, k = core.prices.shape
+    homes = ~core.sources[core.nets]
+    placed = homes >= 0
+    pull = np.zeros(m * k)
+    for weights, costs in zip(core.weights, core.costs, strict=True):
+        worth = weights[core.nets[placed]] * costs.max(axis=1)[homes[placed]]
+        pull += np.bincount(core.readers[placed] * k + homes[placed], weights=worth, minlength=m * k)
+    return np.asarray(np.argmin(core.prices - pull.reshape(m, k), axis=1))

@@ -35,7 +35,7 @@ __all__ = ["Network", "split"]
 
 Array = np.ndarray[Any, Any]
 
-_LARGEST = 2**30  # of a capacity: half of int32, so that two of them can be added
+_LARGEST = 2**29  # of a capacity in the first round: an arc, its opposite and a flow fit into int32 together
 _RELATIVE = 2.0**-50  # what is narrower, compared with the widest arc, is nothing: a double has 53 bits
 _MANY = 20_000  # arcs from which sending the last bits would be felt,
 _NEGLIGIBLE = 2.0**-30  # if they are no more than this share of the flow
@@ -97,13 +97,15 @@ class Network:
         for tails, heads, widths in arcs:
             self.connect(heads if is_reversed else tails, tails if is_reversed else heads, widths)
 
-    def cut(self, *, is_largest: bool = False) -> tuple[Array, float]:
+    def cut(self, *, is_largest: bool = False, is_rough: bool = False) -> tuple[Array, float]:
         """Find a minimum cut.
 
         Parameters
         ----------
         is_largest
             Of all minimum cuts, the one with the largest source side in place of the smallest.
+        is_rough
+            Stop where what is left is less than 2**-29 of the widest arc, per arc.
 
         Returns
         -------
@@ -113,10 +115,9 @@ class Network:
             The flow that was sent: no cut is narrower.
         """
         tails, heads, widths = (np.concatenate(x) for x in (self._tails, self._heads, self._capacities))
-        residual, flow = _residual(tails, heads, widths, self.n_nodes)
-        scale = float(widths.max(initial=0.0)) * _RELATIVE
+        residual, flow, unit = _residual(tails, heads, widths, self.n_nodes, is_rough=is_rough)
         graph = residual.T.tocsr() if is_largest else residual
-        graph.data = np.where(graph.data > scale, 1.0, 0.0)
+        graph.data = np.where(graph.data >= unit, 1.0, 0.0)  # less was left because nothing finer was sent
         graph.eliminate_zeros()
         reached = np.zeros(self.n_nodes, dtype=bool)
         order = breadth_first_order(graph, 1 if is_largest else 0, return_predecessors=False)
@@ -124,16 +125,18 @@ class Network:
         return (~reached if is_largest else reached), flow
 
 
-def _residual(tails: Array, heads: Array, widths: Array, n_nodes: int) -> tuple[csr_matrix, float]:
+def _residual(
+    tails: Array, heads: Array, widths: Array, n_nodes: int, *, is_rough: bool
+) -> tuple[csr_matrix, float, float]:
     """Send as much as possible from node 0 to node 1; tell what room is left on every arc and its opposite."""
     keep = tails != heads
     tails, heads, widths = tails[keep], heads[keep], widths[keep]
     both = (np.concatenate([widths, np.zeros(len(widths))]), (np.append(tails, heads), np.append(heads, tails)))
     room = coo_matrix(both, shape=(n_nodes, n_nodes)).tocsr()
     room.sort_indices()
-    largest = float(widths.max(initial=0.0))
+    largest = float(room.data.max(initial=0.0))
     if largest <= 0.0:
-        return room, 0.0
+        return room, 0.0, 1.0
     # Units are powers of two, so that what is left is exact.
     unit = 2.0 ** math.ceil(math.log2(largest / _LARGEST))
     if unit <= 1.0 and bool((room.data == np.floor(room.data)).all()):
@@ -150,8 +153,8 @@ def _residual(tails: Array, heads: Array, widths: Array, n_nodes: int) -> tuple[
         sent += float(flow[0].sum(dtype=np.int64)) * unit
         is_exact = not (room.data % unit).any()
         is_enough = len(widths) > _MANY and unit * len(widths) <= _NEGLIGIBLE * sent
-        if is_exact or is_enough or unit <= largest * _RELATIVE:
-            return room, sent
+        if is_rough or is_exact or is_enough or unit <= largest * _RELATIVE:
+            return room, sent, unit
         unit /= 2.0 ** max(1, math.floor(math.log2(_LARGEST / (len(widths) + 1))))
 
 

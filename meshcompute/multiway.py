@@ -21,19 +21,26 @@ Y. Boykov, O. Veksler, R. Zabih, "Fast approximate energy minimization via graph
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from meshcompute.contraction import Contraction
-from meshcompute.core import Core
+from meshcompute.core import Core, attractive
+from meshcompute.localsearch import Board, Partition
 from meshcompute.mincut import Network
 
 __all__ = ["search"]
 
 Array = np.ndarray[Any, Any]
 
+_TOLERANCE = 1e-12
 _MAX_CYCLES = 4
+# Arcs of all cuts together. Up to some ten thousand vertices nothing is left out; a million would take longer to place
+# than to run otherwise, and a cut may hold the interpreter as long as it takes.
+_MAX_ARCS = 3_000_000
+_SMALL = 2000  # vertices that single moves, in plain Python, are worth trying on
 
 
 def search(core: Core) -> tuple[Array, float]:
@@ -51,17 +58,39 @@ def search(core: Core) -> tuple[Array, float]:
     float
         What no plan costs less than.
     """
-    isolated = Contraction(core)
     least = float(core.prices.min(axis=1).sum())
-    if _is_uniform(core):
-        for pool in range(core.n_pools):
-            side, _ = _isolating(isolated.core, pool)
-            isolated.fix(np.flatnonzero(side), np.full(int(side.sum()), pool))
-    between = isolated.core
-    contraction = Contraction(between)
+    if not _is_uniform(core):
+        level, _ = search(_levelled(core))
+        budget = _MAX_ARCS if _n_arcs(core) * core.n_pools <= _MAX_ARCS else 0
+        found = _expanded(core, min(level, _best_start(core), key=core.cost), budget)
+        return (_moved(core, found) if len(found) <= _SMALL else found), least
+    isolated = Contraction(core)
+    budget = _MAX_ARCS
+    for pool in range(core.n_pools):
+        budget -= _n_arcs(isolated.core)
+        if budget < 0:
+            break
+        side = np.flatnonzero(_isolated(isolated.core, pool))
+        isolated.fix(side, np.full(len(side), pool))
+    contraction = Contraction(isolated.core)
     rest = contraction.run()
-    found = contraction.expand(_expanded(rest, _best_start(rest)))
-    return isolated.expand(found), least
+    found = _expanded(rest, _best_start(rest), budget)
+    if len(found) <= _SMALL:
+        found = _moved(rest, found)
+    return isolated.expand(contraction.expand(found)), least
+
+
+def _levelled(core: Core) -> Core:
+    """Let every pair of pools cost the same, the mean: there the rules decide much more, and hardly ever far off."""
+    k = core.n_pools
+    everything = np.arange(len(core.sources))
+    pairs = [(p, q) for p in range(k) for q in range(k) if p != q]
+    mean = np.sum([core.paid(everything, p, q) for p, q in pairs], axis=0) / len(pairs)
+    return replace(core, weights=[mean], costs=[1.0 - np.eye(k)])
+
+
+def _n_arcs(core: Core) -> int:
+    return 3 * (len(core.nets) + len(core.sources)) + len(core.prices)
 
 
 def _is_uniform(core: Core) -> bool:
@@ -89,8 +118,8 @@ def _shared_prices(core: Core, weights: Array) -> Array:
     return prices
 
 
-def _isolating(core: Core, pool: int) -> tuple[Array, float]:
-    """Find the largest set of vertices that a minimum cut leaves with a pool, and what that cut costs."""
+def _isolated(core: Core, pool: int) -> Array:
+    """Find the largest set of vertices that a minimum cut leaves with a pool, shape (m,)."""
     m = len(core.prices)
     weights = core.paid(np.arange(len(core.sources)), 0, 1)
     nets, members = _members(core)
@@ -134,29 +163,73 @@ def _isolating(core: Core, pool: int) -> tuple[Array, float]:
             core.readers[kept] + 2,
             is_reversed=is_reversed,
         )
-    sides, flow = network.cut(is_largest=True)
-    return sides[2 : m + 2], flow
+    return network.cut(is_largest=True)[0][2 : m + 2]
 
 
 def _best_start(core: Core) -> Array:
-    """Take the cheapest of: every vertex where it is cheapest for itself, and all of them in one pool."""
+    """Take the cheapest of: every vertex where it is cheapest, or where most of its inputs are, or all in one pool."""
     cheapest = np.argmin(core.prices, axis=1)
     single = [np.where(np.isinf(core.prices[:, pool]), cheapest, pool) for pool in range(core.n_pools)]
-    return min([cheapest, *single], key=core.cost)
+    return min([cheapest, attractive(core), *single], key=core.cost)
 
 
-def _expanded(core: Core, labels: Array) -> Array:
-    """Let pools take vertices, one pool after the other, until that saves nothing."""
+def _expanded(core: Core, labels: Array, budget: int) -> Array:
+    """Let pools take vertices, one pool after the other, until that saves nothing or the budget of arcs is spent."""
     cost = core.cost(labels)
     since = 0
     for turn in range(_MAX_CYCLES * core.n_pools):
-        if not len(labels) or since == core.n_pools:
+        budget -= _n_arcs(core)
+        if not len(labels) or since == core.n_pools or budget < 0:
             break
         offer = _expansion(core, labels, turn % core.n_pools)
         since += 1
-        if (offered := core.cost(offer)) < cost * (1.0 - 1e-12):
+        if (offered := core.cost(offer)) < cost * (1.0 - _TOLERANCE):
             labels, cost, since = offer, offered, 0
     return labels
+
+
+def _moved(core: Core, labels: Array) -> Array:
+    """Improve a plan by single moves."""
+    m, k = core.prices.shape
+    prices = core.prices.copy()
+    readers: list[list[int]] = [[] for _ in core.sources]
+    inputs: list[list[int]] = [[] for _ in range(m + k)]  # vertices, then one for each pool
+    outputs: list[list[int]] = [[] for _ in range(m + k)]
+    for net, reader in zip(core.nets.tolist(), core.readers.tolist(), strict=True):
+        readers[net].append(reader)
+        inputs[reader].append(net)
+    sources = [source if source >= 0 else m + ~source for source in core.sources.tolist()]
+    own = np.flatnonzero(core.sources >= 0)
+    for pool in range(k):
+        # What a value pays to this pool is in the prices of its source; here it is a reader again.
+        there = own[(core.present[own] >> pool) & 1 == 1]
+        for home in range(k):
+            np.subtract.at(prices[:, home], core.sources[there], core.paid(there, home, pool))
+        for net in np.flatnonzero((core.present >> pool) & 1).tolist():
+            if sources[net] != m + pool:
+                readers[net].append(m + pool)
+                inputs[m + pool].append(net)
+    for net, source in enumerate(sources):
+        outputs[source].append(net)
+    weights = [w.tolist() for w in core.weights]
+    costs = [c.tolist() for c in core.costs]
+    barred = np.isinf(prices)
+    allowed = [tuple(np.flatnonzero(~row).tolist()) if row.any() else None for row in barred]
+    board = Board(
+        n_pools=k,
+        inputs=inputs,
+        outputs=outputs,
+        readers=readers,
+        sources=sources,
+        pay=lambda net, p, q: sum(w[net] * c[p][q] for w, c in zip(weights, costs, strict=True)),
+        allowed=[*allowed, *((pool,) for pool in range(k))],
+        prices=dict(enumerate(prices.tolist())),
+        movable=range(m),
+    )
+    pools = [*labels.tolist(), *range(k)]
+    Partition(board, pools).improve()
+    moved = np.array(pools[:m], dtype=np.int64)
+    return min((labels, moved), key=core.cost)
 
 
 def _expansion(core: Core, labels: Array, pool: int) -> Array:
@@ -167,10 +240,7 @@ def _expansion(core: Core, labels: Array, pool: int) -> Array:
     """
     m, k = core.prices.shape
     homes = core.homes(labels)
-    everything = np.arange(len(core.sources))
-    pairs = ((p, q) for p in range(k) for q in range(k) if p != q)
-    mean = np.sum([core.paid(everything, p, q) for p, q in pairs], axis=0) / (k * (k - 1))
-    prices = _shared_prices(core, mean)
+    prices = _shared_prices(core, _levelled(core).weights[0])
     nodes = np.where(labels == pool, 1, np.where(np.isinf(prices[:, pool]), 0, np.arange(2, m + 2)))
     network = Network(m)
     movable = nodes > 1
@@ -196,6 +266,6 @@ def _expansion(core: Core, labels: Array, pool: int) -> Array:
     network.gather(
         np.zeros(int(asks.sum()), dtype=np.int64), paid, number[nets[chosen]], nodes[members[chosen]], is_reversed=False
     )
-    sides, _ = network.cut()
+    sides, _ = network.cut(is_rough=True)
     moved = np.where(nodes > 1, ~sides[nodes], nodes == 1)
     return np.where(moved, pool, labels)
