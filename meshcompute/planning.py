@@ -23,6 +23,7 @@ from meshcompute import learning, placement, taskgraph
 from meshcompute.errors import UnsupportedPinError
 from meshcompute.links import Link, LinkTable
 from meshcompute.live import EmptyView, Known, SchedulerView, View
+from meshcompute.numbering import Index, dependencies_of, ordered
 from meshcompute.pinnedtasks import extract_pins
 from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
 from meshcompute.regrouping import Regrouped, Regrouping, regroup
@@ -151,12 +152,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     _add_annotated_pins(pins, annotations)
     if request.pin is not None and request.pin.pools:
         pins = {key: pins.get(key) or _pin_of_request(request.pin, key, tasks) for key in tasks}
-    known = {key: seen for key in tasks if (seen := view.known(key)) is not None}
-    known |= {
-        key: seen
-        for key in {dep for task in tasks.values() for dep in task.dependencies} - tasks.keys()
-        if (seen := view.known(key)) is not None
-    }
+    external = {dep for task in tasks.values() for dep in taskgraph.inputs_of(task) if dep not in tasks}
+    known = {key: seen for keys in (tasks, external) for key in view.among(keys) if (seen := view.known(key))}
     for key, seen in known.items():
         if key in tasks and seen.task is not None:
             tasks[key] = seen.task  # its inputs must stay what they were: see Scheduler._generate_taskstates
@@ -288,10 +285,8 @@ def _place(
     view: View,
 ) -> dict[Key, str]:
     """Translate keys to integers, place, translate back."""
-    # In an order that is the same in every process: where two plans cost the same, explain() and the scheduler must
-    # choose the same one, and the order of Dask's own graphs depends on the hashes of strings.
-    keys = sorted({*tasks, *known}, key=str)
-    index = {key: i for i, key in enumerate(keys)}
+    keys = ordered([*tasks, *(key for key in known if key not in tasks)])
+    index = Index(keys)
     names = sorted({p for pin in pins.values() for p in pin.pools} | {p for seen in known.values() for p in seen.pools})
     is_present = set(view.pools())
     seconds = None
@@ -309,26 +304,18 @@ def _place(
             allowed[pools] = tuple(number[p] for p in usable)
         return allowed[pools]
 
-    dependencies: list[list[int]] = []
-    pinned: list[tuple[int, ...] | None] = []
-    for key in keys:
-        seen = known.get(key)
-        if seen is not None and seen.is_in_memory:
-            dependencies.append([])
-            pinned.append(numbers(seen.pools) if seen.pools else None)
-            continue
-        task = tasks.get(key)
-        deps = task.dependencies if task is not None else ()
-        dependencies.append(sorted([index[d] for d in deps if d in index]))
-        pin = pins.get(key)
-        if pin is not None:
-            pinned.append(numbers(pin.pools))
-        elif seen is not None and seen.pools:
-            pinned.append(numbers(seen.pools))
-        else:
-            pinned.append(None)
+    pinned: list[tuple[int, ...] | None] = [None] * len(keys)
+    for key, pin in pins.items():
+        if key in index:
+            pinned[index[key]] = numbers(pin.pools)
+    for key, seen in known.items():
+        if seen.pools and (seen.is_in_memory or key not in pins):
+            pinned[index[key]] = numbers(seen.pools)
+        elif seen.is_in_memory:
+            pinned[index[key]] = None
+    sealed = {key for key, seen in known.items() if seen.is_in_memory}
     graph = placement.Graph(
-        dependencies=dependencies,
+        dependencies=dependencies_of(index, tasks, sealed),
         nbytes=[nbytes.get(key, 0.0) for key in keys],
         pins=pinned,
         together=[[index[key] for key in group] for group in shuffles],
@@ -365,12 +352,13 @@ def _relays(
         Keys of the tasks that read from another pool: relays, and single readers.
     """
     readers: dict[tuple[Key, str], list[Key]] = defaultdict(list)
+    pool_of = pool_by_key.get
     for key, task in tasks.items():
-        pool = pool_by_key.get(key)
-        if pool is None or (key in known and known[key].task is not None):
-            continue
-        for dep in task.dependencies:
-            if pool_by_key.get(dep, pool) != pool and not (dep in known and pool in known[dep].pools):
+        pool = pool_of(key)
+        for dep in taskgraph.inputs_of(task):
+            if pool is None or pool_of(dep, pool) == pool or (dep in known and pool in known[dep].pools):
+                continue
+            if key not in known or known[key].task is None:
                 readers[dep, pool].append(key)
     relays = {}
     fetching = set()
@@ -398,26 +386,27 @@ def _held(
     """Say what the scheduler holds each task to; what users ask for beside their pools moves there, too."""
     given = annotations.get("resources", {})
     held: dict[Key, Held] = {}
-    # Stolen half-way through its fetch from another pool, a task would fetch again on another worker.
-    shared = functools.cache(
-        lambda pool, extra, is_pinned, is_fetching, stays, leaves: Held(
-            pool,
-            {**common, **dict(extra)},
-            is_pinned=is_pinned,
-            is_fetching=is_fetching,
-            stays=stays,
-            leaves=leaves,
-        )
-    )
+    shared: dict[tuple[Any, ...], Held] = {}
     for key, pool in pool_by_key.items():
         if key not in tasks:
             continue
-        pin = pins.get(key)
+        pin, is_fetching = pins.get(key), key in fetching
         extra = pin.resources if pin is not None else ()
         if given and key in given and isinstance(given[key], Mapping):
             extra = tuple(sorted({**split_resources(given.pop(key))[1], **dict(extra)}.items()))
-        confined, leaves = stays.get(key, ()), pin is not None and pin.leaves
-        held[key] = shared(pool, extra, pin is not None or bool(confined), key in fetching, confined, leaves)
+        confined = stays.get(key, ()) if stays else ()
+        is_pinned, leaves = pin is not None or bool(confined), pin is not None and pin.leaves
+        kind = pool, is_pinned, is_fetching, extra, confined, leaves
+        if (one := shared.get(kind)) is None:
+            one = shared[kind] = Held(
+                pool,
+                {**common, **dict(extra)},
+                is_pinned=is_pinned,
+                is_fetching=is_fetching,
+                stays=confined,
+                leaves=leaves,
+            )
+        held[key] = one
     return held
 
 

@@ -16,12 +16,13 @@ to all kinds of collections. A task object is kept by all of them.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import toolz
 from dask._expr import Expr, LLGExpr
-from dask._task_spec import Alias, Task, TaskRef, _execute_subgraph, convert_legacy_graph
+from dask._task_spec import Alias, GraphNode, Task, TaskRef, _execute_subgraph, convert_legacy_graph
 from dask.blockwise import Blockwise
 from dask.core import toposort
 from dask.delayed import Delayed
@@ -38,6 +39,7 @@ __all__ = [
     "as_tasks",
     "has_pins",
     "holds",
+    "inputs_of",
     "layers_of",
     "materialize",
     "name_of",
@@ -375,6 +377,10 @@ def shuffles_of(graph: Graph) -> dict[Key, list[Key]]:
             for barrier in task.dependencies & groups.keys():
                 groups[barrier].append(key)
     return groups
+
+
+#: Keys of what a task reads. The public name is a property: 0.1 us for every task of a million.
+inputs_of: Callable[[GraphNode], frozenset[Key]] = operator.attrgetter("_dependencies")
 
 
 def name_of(key: Key) -> str:
