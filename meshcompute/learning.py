@@ -11,6 +11,7 @@ over a group of tasks, whose single sizes keep their proportions.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -70,7 +71,7 @@ class SizeBook:
 
     def __init__(self) -> None:
         self._records: dict[Kind, list[float]] = {}
-        #: Record of a group of tasks, by the group's name: number of tasks that ended, and their bytes.
+        #: Record of a group of tasks, by the group's name: number of tasks that ended, their bytes, and the estimate.
         self.groups: dict[str, list[float]] = {}
         self._lock = threading.Lock()
 
@@ -84,9 +85,9 @@ class SizeBook:
         """
         with self._lock:
             for group, kind in kind_by_group.items():
-                record = self._records.pop(kind, None) or [0, 0.0]
+                record = self._records.pop(kind, None) or [0, 0.0, kind.nbytes]
                 if record[0] > _MEMORY:
-                    record[:] = record[0] / 2, record[1] / 2
+                    record[:2] = record[0] / 2, record[1] / 2
                 self._records[kind] = record
                 self.groups.pop(group, None)
                 self.groups[group] = record
@@ -105,9 +106,21 @@ class SizeBook:
         for kind in kinds:
             record = self._records.get(kind)
             if record is not None and record[0]:
-                n, total = record
-                found[kind] = total / n
+                found[kind] = record[1] / record[0]
         return found
+
+    def expected(self, group: str) -> float:
+        """Tell the mean size of a group's values: measured, estimated, or not a number where nothing is known.
+
+        Parameters
+        ----------
+        group
+            Name of the group.
+        """
+        record = self.groups.get(group)
+        if record is None:
+            return math.nan
+        return record[1] / record[0] if record[0] else record[2]
 
     def __len__(self) -> int:
         return len(self._records)
@@ -156,7 +169,10 @@ def kinds_of(tasks: Mapping[Key, GraphNode], nbytes: Mapping[Key, float]) -> dic
 
 
 def correct(
-    nbytes: dict[Key, float], kind_by_group: Mapping[str, Kind], learnt: Mapping[Kind, float]
+    nbytes: dict[Key, float],
+    kind_by_group: Mapping[str, Kind],
+    learnt: Mapping[Kind, float],
+    read_by_sender: Mapping[Key, Iterable[Key]] | None = None,
 ) -> frozenset[str]:
     """Correct estimates by what was measured before.
 
@@ -168,6 +184,8 @@ def correct(
         As of :func:`kinds_of`.
     learnt
         Measured mean size by kind.
+    read_by_sender
+        What the senders of P2P shuffles read, by key: they return a number, and what counts is what they send.
 
     Returns
     -------
@@ -176,6 +194,7 @@ def correct(
     """
     known: set[str] = set()
     factors: dict[str, float] = {}
+    sent = {sender: nbytes[sender] for sender in read_by_sender or () if sender in nbytes}
     for group, kind in kind_by_group.items():
         if (mean := learnt.get(kind)) is None:
             continue
@@ -188,4 +207,6 @@ def correct(
             if group in factors:
                 kind = kind_by_group[group]
                 nbytes[key] = size * factors[group] if kind.nbytes else learnt[kind]
+    for sender, size in sent.items():
+        nbytes[sender] = sum([nbytes[key] for key in (read_by_sender or {})[sender] if key in nbytes]) or size
     return frozenset(known)

@@ -182,7 +182,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
         nbytes = estimate_nbytes(tasks, layers, guessed)
         kinds = learning.kinds_of(tasks, nbytes)
-        learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()))
+        senders = {key: tasks[key].dependencies for barrier in shuffles for key in tasks[barrier].dependencies}
+        learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()), senders)
         view.expect(kinds)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
         if request.is_propagating and request.is_regrouping and not stays:

@@ -106,6 +106,14 @@ def test_corrected_sizes_have_the_mean_that_was_measured(sizes_by_name, data):
             assert mean == pytest.approx(means[kind], rel=0.12)
 
 
+def test_what_a_shuffle_sends_is_what_its_senders_read_whatever_they_were_seen_to_return():
+    nbytes = {("load", 0): 100.0, ("send", 0): 100.0, ("fused", 0): 70.0}
+    kinds = {"load": Kind("load", 0, 100.0), "send": Kind("send", 1, 100.0), "fused": Kind("fused", 0, 70.0)}
+    learnt = {kinds["load"]: 5000.0, kinds["send"]: 28.0, kinds["fused"]: 28.0}
+    correct(nbytes, kinds, learnt, {("send", 0): [("load", 0)], ("fused", 0): []})
+    assert nbytes == {("load", 0): 5000.0, ("send", 0): 5000.0, ("fused", 0): 70.0}
+
+
 def test_groups_are_those_that_the_scheduler_counts_in():
     from distributed.utils import key_split_group
 
