@@ -151,7 +151,7 @@ class Runner:
 def plan_of_persisted(collection: Any) -> Any:
     """Give the plan for what ``persist`` computes: results stay where they are made."""
     expr = collections_to_expr(collection).optimize()
-    return explaining._assign(expr, tuple(flatten(expr.__dask_keys__())))
+    return explaining._assign(expr, tuple(flatten(expr.__dask_keys__())), is_gathered=False)
 
 
 def is_right(got: Any, expected: Any) -> bool:
