@@ -58,6 +58,7 @@ def solve(terms: Terms) -> Placement:
         labels = np.where(reaches[group], pools[0], FREE)
     elif len(pools):
         core = _core(terms, pools, (values, readers), vertex_of, masks_of_vertices)
+        core.prices[~reaches[group]] = 0.0  # they stay free
         contraction = Contraction(core)
         single = pinned & (masks_of_vertices & (masks_of_vertices - 1) == 0)
         bits = masks_of_vertices[:, None] >> pools & 1

@@ -58,6 +58,7 @@ def plan_heuristically(terms: Terms) -> Placement:
         pools = [0] * len(problem.pins)
         plan = problem.plan(pools)
         placed = [pin[0] if pin is not None and len(pin) == 1 else 0 for pin in problem.pins]
+        placed = [pool if vertex in problem.reached_from else FREE for vertex, pool in enumerate(placed)]
         cost = problem.cost(placed) if problem.n_pools else 0.0
         return Placement(pools=plan, cost=cost, bound=cost)
     pools, unavoidable = (_two_pool_tree_plan if problem.n_pools == 2 else _tree_plan)(problem)

@@ -32,6 +32,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from meshcompute.balancing import balanced
 from meshcompute.heuristics import plan_heuristically
 from meshcompute.objective import (
     FREE,
@@ -94,7 +95,12 @@ def place(graph: Graph, n_pools: int, links: Links | None = None) -> Placement:
     """
     terms = terms_of(graph, n_pools, links)
     search, note = _search() if n_pools <= _MAX_POOLS else (plan_heuristically, f"more than {_MAX_POOLS} pools")
-    return replace(search(terms), note=note) if note else search(terms)
+    threads = None if links is None else links.threads
+    if threads is None or graph.seconds is None or not any(graph.seconds):
+        found = search(terms)
+    else:
+        found = balanced(terms, graph.seconds, threads, search)
+    return replace(found, note=note) if note else found
 
 
 @functools.cache

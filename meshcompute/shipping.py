@@ -36,6 +36,7 @@ SCHEDULER_MODULES = (
     "localsearch",
     "hypergraph",
     "heuristics",
+    "balancing",
     "core",
     "contraction",
     "mincut",

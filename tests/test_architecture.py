@@ -49,6 +49,7 @@ TRAVELLING = [
     "localsearch",
     "hypergraph",
     "heuristics",
+    "balancing",
     "placement",
     "tablesizes",
     "sizes",
