@@ -200,13 +200,13 @@ def correct(
             continue
         known.add(group)
         if abs(mean - kind.nbytes) > _NEAR * kind.nbytes:
-            factors[group] = mean / kind.nbytes if kind.nbytes else 0.0
+            factors[group] = mean / kind.nbytes if kind.nbytes >= 1.0 else 0.0
     if factors:
         for key, size in nbytes.items():
             group = group_of(key)
             if group in factors:
                 kind = kind_by_group[group]
-                nbytes[key] = size * factors[group] if kind.nbytes else learnt[kind]
+                nbytes[key] = size * factors[group] if kind.nbytes >= 1.0 else learnt[kind]
     for sender, size in sent.items():
         nbytes[sender] = sum([nbytes[key] for key in (read_by_sender or {})[sender] if key in nbytes]) or size
     return frozenset(known)

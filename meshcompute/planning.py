@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from dask._task_spec import Alias, GraphNode
@@ -28,7 +28,7 @@ from meshcompute.pinnedtasks import extract_pins
 from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
 from meshcompute.regrouping import Regrouped, Regrouping, regroup
 from meshcompute.sizes import estimate_nbytes
-from meshcompute.sovereignty import confine, refuse_delivery
+from meshcompute.sovereignty import confine, pin_in_block, refuse_delivery
 
 __all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
 
@@ -151,7 +151,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             pins.setdefault(key, pins[task.target])
     _add_annotated_pins(pins, annotations)
     if request.pin is not None and request.pin.pools:
-        pins = {key: pins.get(key) or _pin_of_request(request.pin, key, tasks) for key in tasks}
+        pins = {key: pins.get(key) or pin_in_block(request.pin, key, tasks) for key in tasks}
     external = {dep for task in tasks.values() for dep in taskgraph.inputs_of(task) if dep not in tasks}
     known = {key: seen for keys in (tasks, external) for key in view.among(keys) if (seen := view.known(key))}
     for key, seen in known.items():
@@ -221,17 +221,6 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         measured=frozenset([key for key, seen in known.items() if seen.is_in_memory]),
         regrouped=regrouping.kinds,
     )
-
-
-def _pin_of_request(pin: Pin, key: Key, tasks: Mapping[Key, GraphNode]) -> Pin:
-    """Pin of the surrounding block, for a task without one.
-
-    What it makes must not leave if it reads data itself, as what is submitted does. What only works on other tasks of
-    its graph (the last step of a ``compute``, for example) stays if those stay.
-    """
-    if not pin.stays or not any(dep in tasks for dep in tasks[key].dependencies):
-        return pin
-    return replace(pin, stays=False)
 
 
 def _add_annotated_pins(pins: dict[Key, Pin], annotations: dict[str, dict[Key, Any]]) -> None:
@@ -397,7 +386,8 @@ def _held(
             extra = tuple(sorted({**split_resources(given.pop(key))[1], **dict(extra)}.items()))
         confined = stays.get(key, ()) if stays else ()
         is_pinned, leaves = pin is not None or bool(confined), pin is not None and pin.leaves
-        kind = pool, is_pinned, is_fetching, extra, confined, leaves
+        replicas = pin.pools if pin is not None and len(pin.pools) > 1 else ()
+        kind = pool, is_pinned, is_fetching, extra, confined, leaves, replicas
         if (one := shared.get(kind)) is None:
             one = shared[kind] = Held(
                 pool,
@@ -406,6 +396,7 @@ def _held(
                 is_fetching=is_fetching,
                 stays=confined,
                 leaves=leaves,
+                replicas=replicas,
             )
         held[key] = one
     return held
@@ -443,7 +434,8 @@ class PlannedExpression:
         self.__dict__.update(state)
         self.view = EmptyView()
         if (scheduler := find_scheduler(self.scheduler_id)) is not None:
-            install_guard(scheduler, self.request.compression, self.request.links)
+            request = self.request
+            install_guard(scheduler, request.compression, request.links, request.objective)
             self.view = SchedulerView(scheduler)
 
     @functools.cached_property
@@ -479,7 +471,12 @@ def find_scheduler(scheduler_id: str) -> Any:
     return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
-def install_guard(scheduler: Any, compression: str | None = None, links: tuple[Link, ...] | None = None) -> None:
+def install_guard(
+    scheduler: Any,
+    compression: str | None = None,
+    links: tuple[Link, ...] | None = None,
+    objective: str | None = None,
+) -> None:
     """Install the guard on a scheduler of this process, and packing on its workers. Idempotent.
 
     Parameters
@@ -488,12 +485,12 @@ def install_guard(scheduler: Any, compression: str | None = None, links: tuple[L
         A running scheduler.
     compression
         Setting ``meshcompute.compression`` of the client that asks; None: it has none.
-    links
-        The same for its setting ``meshcompute.links``.
+    links, objective
+        The same for its settings ``meshcompute.links`` and ``meshcompute.objective``.
     """
     from meshcompute.schedulerpacking import apply_mode
     from meshcompute.scheduling import Guard
 
     Guard.install(scheduler)
-    scheduler.give_links(links)
+    scheduler.give_links(links, objective)
     apply_mode(scheduler, compression)

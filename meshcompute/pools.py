@@ -108,6 +108,8 @@ class Held(dict[str, float]):
         Pools that its value must not leave; none: it may go anywhere.
     leaves
         Its value may leave, although it reads some that must not.
+    replicas
+        Pools that its user named, if they are several: it may move among them.
 
     Attributes
     ----------
@@ -115,7 +117,7 @@ class Held(dict[str, float]):
         For the scheduler's own use: the workers that can meet it.
     """
 
-    __slots__ = ("is_fetching", "is_pinned", "lane", "leaves", "pool", "stays")
+    __slots__ = ("is_fetching", "is_pinned", "lane", "leaves", "pool", "replicas", "stays")
 
     def __init__(
         self,
@@ -126,6 +128,7 @@ class Held(dict[str, float]):
         is_fetching: bool = False,
         stays: tuple[str, ...] = (),
         leaves: bool = False,
+        replicas: tuple[str, ...] = (),
     ) -> None:
         rest = {name: amount for name, amount in (demands or {}).items() if not name.startswith(POOL_PREFIX)}
         super().__init__({POOL_PREFIX + pool: 0, **rest})
@@ -134,7 +137,28 @@ class Held(dict[str, float]):
         self.is_fetching = is_fetching
         self.stays = stays
         self.leaves = leaves
+        self.replicas = replicas
         self.lane: Any = None
+
+    def moved(self, pool: str, *, is_fetching: bool) -> Held:
+        """Say the same of another pool.
+
+        Parameters
+        ----------
+        pool
+            Name of the pool.
+        is_fetching
+            Whether a task there reads a value of another pool.
+        """
+        return Held(
+            pool,
+            self,
+            is_pinned=self.is_pinned,
+            is_fetching=is_fetching,
+            stays=self.stays,
+            leaves=self.leaves,
+            replicas=self.replicas,
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)  # elsewhere it is a plain dictionary, as Dask sends it to workers

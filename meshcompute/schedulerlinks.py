@@ -60,17 +60,21 @@ class LinkScheduler(Scheduler):
             self._links_given = ()
         self.pool_links = LinkTable(given=self._links_given)
 
-    def give_links(self, links: tuple[Link, ...] | None) -> None:
+    def give_links(self, links: tuple[Link, ...] | None, objective: str | None) -> None:
         """Take over what a client says of links.
 
         Parameters
         ----------
         links
             As of its setting ``meshcompute.links``; None: it has none, and what was said before stays.
+        objective
+            The same for its setting ``meshcompute.objective``.
         """
-        if links is not None and links != self._links_given:
-            self._links_given = links
-            self.pool_links = LinkTable(given=links, measured=self.pool_rates.rates())
+        given = self._links_given if links is None else links
+        objective = objective or self.pool_links.objective
+        if given != self._links_given or objective != self.pool_links.objective:
+            self._links_given = given
+            self.pool_links = LinkTable(given=given, measured=self.pool_rates.rates(), objective=objective)
 
     def pool_of_worker(self, ws: Any) -> str | None:
         """Name of a worker's pool, of several the first."""
@@ -109,7 +113,9 @@ class LinkScheduler(Scheduler):
         now = monotonic()
         if now >= self._links_due:
             self._links_due = now + _UPDATE_SECONDS
-            self.pool_links = LinkTable(given=self._links_given, measured=self.pool_rates.rates())
+            self.pool_links = LinkTable(
+                given=self._links_given, measured=self.pool_rates.rates(), objective=self.pool_links.objective
+            )
 
     def get_comm_cost(self, ts: Any, ws: Any) -> float:
         if ts.dependencies and pool_of(ts) is not None:

@@ -8,8 +8,8 @@ Notes
 -----
 A task is ours when its ``resource_restrictions`` are of the class :class:`meshcompute.pools.Held`, which a plan brings
 along; or which a task without a plan gets whose resources name ``pool-<name>`` and whose annotation ``pool`` is
-``{"name": <name>, "pinned": bool}``. Pinned by the user, it waits for its pool and fails with a clear error; placed by a
-planner, it leaves a pool that is lost. Everything else on the scheduler is left as in stock Dask.
+``{"name": <name>, "pinned": bool}``. Pinned by the user, it waits for its pool and fails with a clear error; placed by
+a planner, it leaves a pool that is lost. Everything else on the scheduler is left as in stock Dask.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tornado.ioloop import PeriodicCallback
 
 from meshcompute.errors import UnknownPoolError, UnmetDemandError
 from meshcompute.pools import pools_of_resources, resource_of, split_resources
+from meshcompute.scheduleradapting import LOOK_SECONDS, Adapter
 from meshcompute.schedulerextensions import is_barrier
 from meshcompute.schedulerqueue import assign_pool, is_pinned, pool_of
 from meshcompute.schedulerstate import PoolScheduler, enlist
@@ -128,6 +129,9 @@ class Guard(SchedulerPlugin):
         check = PeriodicCallback(guard.check_waiting, _CHECK_SECONDS * 1000)
         scheduler.periodic_callbacks["meshcompute-missing-pools"] = check
         check.start()
+        look = PeriodicCallback(Adapter(scheduler).look, LOOK_SECONDS * 1000)
+        scheduler.periodic_callbacks["meshcompute-adapting"] = look
+        look.start()
         return guard
 
     # ------------------------------------------------------------------ announcements
@@ -311,7 +315,7 @@ class Guard(SchedulerPlugin):
         """
         names = (
             "finished wrong_pool released steals_refused inherited shuffle_tasks_moved shuffles_confined "
-            "replicas_kept unknown_pool_errors failures"
+            "replicas_kept placed_again unknown_pool_errors failures"
         )
         counts: dict[str, Any] = {name: self._scheduler.pool_counts[name] for name in names.split()}
         counts["queued"] = self._scheduler.queued.counts()

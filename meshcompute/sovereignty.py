@@ -21,7 +21,29 @@ from dask.utils import key_split
 from meshcompute.errors import SovereigntyError
 from meshcompute.pools import Pin
 
-__all__ = ["confine", "refuse_delivery"]
+__all__ = ["confine", "pin_in_block", "refuse_delivery"]
+
+
+def pin_in_block(pin: Pin, key: Key, tasks: Mapping[Key, GraphNode]) -> Pin:
+    """Give the pin of the surrounding block to a task that has none.
+
+    Parameters
+    ----------
+    pin
+        Pin of the block in which the computation was started.
+    key
+        Key of the task.
+    tasks
+        All tasks of the graph.
+
+    Notes
+    -----
+    What a task makes must not leave if it reads data itself, as what is submitted does. What only works on other tasks
+    of its graph (the last step of a ``compute``, for example) stays if those stay.
+    """
+    if not pin.stays or not any(dep in tasks for dep in tasks[key].dependencies):
+        return pin
+    return replace(pin, stays=False)
 
 
 def confine(
