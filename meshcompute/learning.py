@@ -128,8 +128,8 @@ class SizeBook:
 
 def _forget(records: dict[Any, Any], most: int) -> None:
     """Drop the oldest entries beyond a number."""
-    for key in list(records)[: max(0, len(records) - most)]:
-        del records[key]
+    while len(records) > most:
+        del records[next(iter(records))]
 
 
 def group_of(key: Key) -> str:
