@@ -178,7 +178,10 @@ STYLES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_picture(rows: Sequence[Row], path: Path) -> None:
-    """Paint a panel for every number of sites and kind of links: bytes on a logarithmic axis, one line per workload."""
+    """Paint a panel for every number of sites and kind of links: bytes on a logarithmic axis, a line per workload.
+
+    Rows of which a result is wrong are left out.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -193,7 +196,9 @@ def save_picture(rows: Sequence[Row], path: Path) -> None:
     )
     for links, line in zip(kinds, panels, strict=True):
         for n_sites, axes in zip(sites, line, strict=True):
-            chosen = {row.workload: row for row in rows if (row.n_sites, row.links) == (n_sites, links)}
+            chosen = {
+                row.workload: row for row in rows if (row.n_sites, row.links) == (n_sites, links) and not row.wrong
+            }
             for y, name in enumerate(names):
                 if (row := chosen.get(name)) is not None:
                     axes.plot(
@@ -201,7 +206,7 @@ def save_picture(rows: Sequence[Row], path: Path) -> None:
                     )
             for kind, (label, style) in STYLES.items():
                 points = [(max(getattr(row, kind), 1e2), names.index(name)) for name, row in chosen.items()]
-                axes.scatter(*zip(*points, strict=True), label=label, **{"s": 30, **style})
+                axes.scatter([x for x, _ in points], [y for _, y in points], label=label, **{"s": 30, **style})
             axes.set_xscale("log")
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.set_title(f"{n_sites} sites, {links} links", loc="left", fontsize=10)
