@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import logging
 import os
 import tempfile
 import time
@@ -91,7 +92,12 @@ def open_mesh(sites: Sequence[str]) -> Iterator[Runner]:
         ):
             runner = Runner(client, sites)
             runner.prepare()
-            yield runner
+            try:
+                yield runner
+            except KeyboardInterrupt:
+                # A gather that is given up half-way is no news.
+                logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+                raise
 
 
 def measure(options: argparse.Namespace, sites: Sequence[str], progress: Progress) -> Iterator[Row]:
@@ -164,17 +170,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, nargs="+", default=[2, 3, 5], help="numbers of sites")
     parser.add_argument("--links", nargs="+", default=list(KINDS), choices=list(KINDS), help="kinds of links")
-    parser.add_argument("--only", default="", metavar="TEXT", help="workloads with one of these texts, by comma")
+    parser.add_argument("--only", default=[""], nargs="+", metavar="TEXT", help="workloads with one of these texts")
     parser.add_argument("--full", action="store_true", help="also 4, 8 and 16 sites, and more time to prove optima")
     parser.add_argument("--time-limit", type=float, default=10.0, metavar="S", help="seconds to prove one optimum")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--picture", type=Path, help="paint the figures into this file")
     options = parser.parse_args()
-    wanted = [text for text in options.only.split(",") if text]
-    options.workloads = [w for w in WORKLOADS if not wanted or any(text in w.name for text in wanted)]
+    options.workloads = [w for w in WORKLOADS if any(text in w.name for text in options.only)]
     if not options.workloads:
-        parser.error(f"no workload has {options.only!r} in its name: {', '.join(w.name for w in WORKLOADS)}")
+        parser.error(f"no workload has that in its name: {'; '.join(w.name for w in WORKLOADS)}")
     if options.full:
         options.sites = sorted({*options.sites, 4, 8, 16})
         options.time_limit = max(options.time_limit, 120.0)
