@@ -83,7 +83,8 @@ def explained(row: Row, *, given: Given, plans: Sequence[OurPlan], ours: Run, li
         return row
     why = []
     if row.planned > BAR_OPTIMUM * row.optimum:
-        _, estimated = given.problem(links.sites, {})
+        own = {key: nbytes for plan in plans for key, nbytes in plan.estimated.items()}  # learnt ones included
+        _, estimated = given.problem(links.sites, own)
         best = optimum(estimated, links, time_limit)
         if row.predicted > BAR_OPTIMUM * best.cost:
             why.append(
