@@ -327,10 +327,9 @@ def terms_of(graph: Graph, n_pools: int, links: Links | None) -> Terms:
     pins, together = (graph.pins, graph.together) if not graph.never_leave else _confined(graph)
     to_client = links.per_byte_to_client or [0.0] * n_pools
     and_message = links.per_message_to_client or [0.0] * n_pools
-    is_equal = len({*to_client}) <= 1 and len({*and_message}) <= 1
     prices = (
         {}
-        if is_equal
+        if not any(to_client) and not any(and_message)
         else {
             task: [sizes[task] * byte + message for byte, message in zip(to_client, and_message, strict=True)]
             for task in graph.wanted
