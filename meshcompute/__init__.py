@@ -19,6 +19,7 @@ _HOME_OF = {
     "explain": "explaining",
     "filesystem": "remote",
     "get_pool": "explaining",
+    "may_leave": "leaving",
     "measure_traffic": "traffic",
     "open_dataframe": "remote",
     "open_dataset": "remote",

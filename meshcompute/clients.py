@@ -14,6 +14,7 @@ collection arrives by pickle, and a graph without pins then still goes to the sc
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib
 import inspect
@@ -28,8 +29,16 @@ from distributed import Client, get_client
 from distributed.client import _get_global_client
 
 from meshcompute import frames, planning, shipping, taskgraph
-from meshcompute.errors import MeshError, NoClientError, PoolsMissingError, UnknownPoolError, UnsupportedPinError
+from meshcompute.errors import (
+    MeshError,
+    NoClientError,
+    PoolNameError,
+    PoolsMissingError,
+    UnknownPoolError,
+    UnsupportedPinError,
+)
 from meshcompute.imports import when_imported
+from meshcompute.links import objective_of, parse_links
 from meshcompute.packing import mode_of
 from meshcompute.pools import (
     ANNOTATION,
@@ -52,7 +61,7 @@ _OPTIMIZERS = {
 }
 
 
-def pool(*names: str | None) -> contextlib.AbstractContextManager[None]:
+def pool(*names: str | None, never_leave: bool = False) -> contextlib.AbstractContextManager[None]:
     """Pin what is created in this block to a pool of workers: the place where its data is.
 
     Parameters
@@ -61,6 +70,9 @@ def pool(*names: str | None) -> contextlib.AbstractContextManager[None]:
         Name of the pool, as its workers have it: ``dask worker --resources pool-ecmwf=1`` is pool "ecmwf".
         Several names: the data is at all of them, and the planner picks. None: no pin in this block, whatever
         surrounds it.
+    never_leave
+        What is created in this block, and everything that is made of it, must not leave the pool, not to the client
+        either, unless :func:`meshcompute.may_leave` says so of a result.
 
     Raises
     ------
@@ -79,7 +91,7 @@ def pool(*names: str | None) -> contextlib.AbstractContextManager[None]:
     >>> with pool("ecmwf"):  # doctest: +SKIP
     ...     predictions = xarray.open_dataset("/data/ecmwf/predictions.nc", chunks="auto")
     """
-    pin = _pin_of_names(names)
+    pin = _pin_of_names(names, never_leave=never_leave)
     if _is_array_query_planning():
         raise UnsupportedPinError(
             "dask.array is in query-planning mode, in which it drops annotations, and with them the pin. "
@@ -102,12 +114,14 @@ def _hook_writing(_: Any) -> None:
     importlib.import_module("meshcompute.writing").activate()
 
 
-def _pin_of_names(names: tuple[str | None, ...]) -> Pin:
+def _pin_of_names(names: tuple[str | None, ...], *, never_leave: bool) -> Pin:
     if names == (None,):
+        if never_leave:
+            raise PoolNameError(None, "never_leave=True needs the name of the pool that data must not leave")
         return UNPINNED
     if not names:
         validate_pool_name("")
-    return Pin(tuple(dict.fromkeys(validate_pool_name(name) for name in names)))
+    return Pin(tuple(dict.fromkeys(validate_pool_name(name) for name in names)), stays=never_leave)
 
 
 def _is_array_query_planning() -> bool:
@@ -254,6 +268,18 @@ def compression_wanted() -> str | None:
 _NOT_SET = object()
 
 
+def links_wanted() -> dict[str, Any]:
+    """Read the settings ``meshcompute.links`` and ``meshcompute.objective`` of this process, for a request.
+
+    Raises
+    ------
+    SettingError
+        They cannot be read.
+    """
+    given = setting("links")
+    return {"links": None if given is None else parse_links(given), "objective": objective_of(setting("objective"))}
+
+
 def scheduler_id(client: Client) -> str:
     """``Scheduler.id`` of a client's scheduler, empty while it is not connected."""
     return str(client._scheduler_identity.get("id", ""))
@@ -283,6 +309,7 @@ def check_internals() -> None:
             "Client._graph_to_futures(expr, keys, ...)": _takes(
                 Client, "_graph_to_futures", "expr", "keys", "resources"
             ),
+            "Client.get(dsk, keys, sync, ...)": _takes(Client, "get", "dsk", "keys", "sync"),
             "Client.scatter(data, workers, ...)": _takes(Client, "scatter", "data", "workers"),
             "Client._scatter(data, workers, ...)": _takes(Client, "_scatter", "data", "workers"),
             "dask.tokenize._tokenize": _takes(dask.tokenize, "_tokenize", "args", "kwargs"),
@@ -314,6 +341,7 @@ def install() -> None:
     check_internals()
     hook_optimizers()
     Client._graph_to_futures = _hooked(Client._graph_to_futures, _graph_to_futures)
+    Client.get = _hooked(Client.get, _get)
     Client.scatter = _hooked(Client.scatter, _scatter)
     Client._scatter = _hooked(Client._scatter, _scatter_in_pools)
     dask.tokenize._tokenize = _hooked(dask.tokenize._tokenize, _salted_tokenize)
@@ -358,6 +386,9 @@ def _graph_to_futures(
         resources=common,
         is_propagating=is_propagating,
         compression=compression_wanted(),
+        is_regrouping=bool(setting("regroup-reductions")),
+        is_gathered=_is_gathering.get(),
+        **links_wanted(),
     )
     identity = scheduler_id(self)
     planned = planning.PlannedExpression(expr, request, identity)
@@ -378,6 +409,19 @@ def _graph_to_futures(
     return futures
 
 
+def _get(original: Callable[..., Any], self: Client, *args: Any, **kwargs: Any) -> Any:
+    """Note that the values of a graph go to the client: what must not leave its pool is refused before it is made."""
+    given = inspect.signature(original).bind(self, *args, **kwargs).arguments
+    token = _is_gathering.set(bool(given.get("sync", True)))
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        _is_gathering.reset(token)
+
+
+_is_gathering = contextvars.ContextVar("_is_gathering", default=False)
+
+
 class _InPools:
     """Stands for the workers of a pin's pools until the scheduler has been asked who they are."""
 
@@ -389,6 +433,11 @@ def _scatter(
     original: Callable[..., Any], self: Client, data: Any, workers: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
     pin = current_pin()
+    if pin is not None and pin.stays:
+        raise UnsupportedPinError(
+            "scatter() sends data that is at the client, and this block is for data that never leaves a pool. Scatter "
+            "it in a pool() block without never_leave=True, or load it where it must stay."
+        )
     if workers is None and pin is not None and pin.pools:
         workers = _InPools(pin)
     return original(self, data, workers, *args, **kwargs)

@@ -10,6 +10,8 @@ Our tree::
     ├── PoolsMissingError (also RuntimeError)    a cluster none of whose workers has a pool
     ├── UnknownPoolError (also RuntimeError)     work is pinned to a pool that nobody has
     │   └── UnmetDemandError                     ... or that has no worker with what else the work asks for
+    ├── SovereigntyError (also RuntimeError)     data that must not leave a pool is wanted elsewhere
+    ├── SettingError (also ValueError)           a setting that cannot be read
     ├── VersionMismatchError (also RuntimeError) client and scheduler run different meshcompute
     └── MissingDependencyError (also ImportError) an optional package or program is not installed
 
@@ -36,6 +38,8 @@ __all__ = [
     "NotACollectionError",
     "PoolNameError",
     "PoolsMissingError",
+    "SettingError",
+    "SovereigntyError",
     "UnknownPoolError",
     "UnmetDemandError",
     "UnsupportedPinError",
@@ -207,6 +211,57 @@ class UnmetDemandError(UnknownPoolError):
             f"which task {self.key!r} asks for. Start a worker of this pool that offers it, for example with "
             f'--resources "pool-{self.pool}=1 {" ".join(w for w in wanted if "=" in w)}", or ask for less.'
         )
+
+
+class SovereigntyError(MeshError, RuntimeError):
+    """Data that must not leave its pools is wanted elsewhere.
+
+    Parameters
+    ----------
+    data
+        Name of the data: key or kind of the task that makes it.
+    pools
+        The pools that it may not leave.
+    reader
+        Who wants it, and where.
+    """
+
+    def __init__(self, data: str, pools: Iterable[str], reader: str) -> None:
+        self.data = data
+        self.pools = tuple(pools)
+        self.reader = reader
+        super().__init__(data, self.pools, reader)
+
+    def __str__(self) -> str:
+        here = " and ".join(repr(pool) for pool in self.pools) or "any pool"
+        return (
+            f"{self.data} must not leave {'pool' if len(self.pools) == 1 else 'the pools'} {here}, and {self.reader} "
+            "wants it. What may leave, a reduction of it for example, has to be said to: meshcompute.may_leave(x). "
+            "Without that, work on it inside the pool, and write the result there."
+        )
+
+
+class SettingError(MeshError, ValueError):
+    """A setting of meshcompute that cannot be read.
+
+    Parameters
+    ----------
+    name
+        Its name below ``meshcompute.``.
+    value
+        What stands there.
+    reason
+        What is wrong with it, and what would do.
+    """
+
+    def __init__(self, name: str, value: object, reason: str) -> None:
+        self.name = name
+        self.value = value
+        self.reason = reason
+        super().__init__(name, value, reason)
+
+    def __str__(self) -> str:
+        return f"The setting meshcompute.{self.name} is {self.value!r}: {self.reason}."
 
 
 class VersionMismatchError(MeshError, RuntimeError):

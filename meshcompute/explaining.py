@@ -1,12 +1,13 @@
 """The plan, before anything runs: which pool does what, and what will cross between pools.
 
-Covers :func:`explain` and the :class:`Plan` it returns, and the questions about a collection's pins,
-:func:`get_pool` and :func:`propagate_pools_in_collection`. Does not cover pictures (:mod:`meshcompute.plots`)
-or what was measured in a run (:mod:`meshcompute.traffic`).
+Covers :func:`explain` and the :class:`Plan` it returns, with how sure its sizes are, and the questions about the pins
+of a collection, :func:`get_pool` and :func:`propagate_pools_in_collection`. Does not cover pictures
+(:mod:`meshcompute.plots`) or what was measured in a run (:mod:`meshcompute.traffic`).
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 from collections import Counter, defaultdict
@@ -23,11 +24,15 @@ from dask.utils import format_bytes
 from distributed.client import _get_global_client
 
 from meshcompute import pinnedtasks, planning, taskgraph
+from meshcompute.clients import links_wanted
+from meshcompute.comparing import Comparison
 from meshcompute.errors import NotACollectionError
-from meshcompute.live import ClientView, EmptyView, View
+from meshcompute.learning import Sure, group_of
+from meshcompute.live import ClientView, EmptyView, View, answer_view
 from meshcompute.packing import AUTO, OFF, mode_of
 from meshcompute.pools import Pin, activate, current_pin, pin_of_annotations
 from meshcompute.settings import setting
+from meshcompute.shipping import by_value
 
 __all__ = ["CLIENT", "Crossing", "Plan", "explain", "get_pool", "propagate_pools_in_collection"]
 
@@ -85,6 +90,15 @@ class Plan:
     bytes_between_pools : dict of (str, str) to int
         Predicted bytes from a source to a destination pool, or to ``"client"``. A value counts once per
         destination, with its size in memory: packed, fewer bytes cross, how many nobody knows before the run.
+    seconds_between_pools : dict of (str, str) to float
+        Predicted seconds that this takes across the link, one value after the other, for the links whose bandwidth is
+        given or was measured.
+    money_between_pools : dict of (str, str) to float
+        Predicted price, for the links that have one.
+    bytes_by_certainty : dict of str to int
+        Predicted bytes that cross, by how sure their sizes are: ``"measured"`` (the values are in memory),
+        ``"from metadata"`` (chunks and dtypes, literals, rows that files count), ``"learnt"`` (from earlier runs on
+        this scheduler), ``"guessed"``.
     compression : str
         What happens to values between sites: ``"auto"``, ``"off"`` or a codec.
     crossings : tuple of Crossing
@@ -105,12 +119,15 @@ class Plan:
                 produced[pools[key]] += int(self._nbytes(key))
         self.bytes_by_pool: dict[str, int] = dict(sorted(produced.items()))
         between: Counter[tuple[str, str]] = Counter()
+        certainty: Counter[str] = Counter()
         kinds: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
         for key, reader, source, destination in self._crossings():
             nbytes = self._nbytes(key)
             between[source, destination] += int(nbytes)
+            certainty[self.certainty_of(key)] += int(nbytes)
             kinds[taskgraph.name_of(key), reader, source, destination].append(nbytes)
         self.bytes_between_pools: dict[tuple[str, str], int] = dict(sorted(between.items()))
+        self.bytes_by_certainty: dict[str, int] = {sure: certainty[sure] for sure in Sure.ALL if sure in certainty}
         self.crossings = tuple(
             sorted(
                 (
@@ -120,9 +137,63 @@ class Plan:
                 key=lambda c: (-c.nbytes, c.name),
             )
         )
+        self._weigh_links()
 
     def _nbytes(self, key: Key) -> float:
         return self._assignment.nbytes_by_key.get(key, 0.0)
+
+    def _weigh_links(self) -> None:
+        links = self._assignment.links
+        counts: Counter[tuple[str, str]] = Counter()
+        for crossing in self.crossings:
+            counts[crossing.source, crossing.destination] += crossing.count
+        self.seconds_between_pools: dict[tuple[str, str], float] = {
+            pair: links.seconds(*pair, nbytes, counts[pair])
+            for pair, nbytes in self.bytes_between_pools.items()
+            if links.is_known(*pair)
+        }
+        self.money_between_pools: dict[tuple[str, str], float] = {
+            pair: cost
+            for pair, nbytes in self.bytes_between_pools.items()
+            if (cost := links.cost(*pair, nbytes)) is not None
+        }
+
+    def certainty_of(self, key: Key) -> str:
+        """Tell how sure the size of a value is; the words are those of ``bytes_by_certainty``.
+
+        Parameters
+        ----------
+        key
+            Key of a task of the plan.
+        """
+        assignment = self._assignment
+        key = assignment.relays.get(key, key)
+        if key in assignment.measured:
+            return Sure.MEASURED
+        if group_of(key) in assignment.learnt:
+            return Sure.LEARNT
+        return Sure.GUESSED if key in assignment.guessed else Sure.EXACT
+
+    def against(self, traffic: Any) -> Comparison:
+        """Put what was predicted beside what was measured.
+
+        Parameters
+        ----------
+        traffic
+            Of the run that this plan was made for: what :func:`meshcompute.measure_traffic` gives, or bytes by
+            (source, destination).
+
+        Returns
+        -------
+        Comparison
+            A table when printed.
+
+        Notes
+        -----
+        Data that the client itself sends, as arguments in tasks or by ``scatter``, is measured and not predicted.
+        """
+        measured = getattr(traffic, "bytes_between_pools", traffic)
+        return Comparison(self.bytes_between_pools, measured)
 
     def _crossings(self) -> Iterator[tuple[Key, str, str, str]]:
         assignment = self._assignment
@@ -210,12 +281,15 @@ class Plan:
         free = self.n_tasks - sum(self.tasks_by_pool.values())
         if free:
             lines.append(f"{'(anywhere)':<24}{free:>10}")
-        lines += ["", f"{'from -> to':<34}{'predicted':>14}"]
-        lines += [f"{f'{a} -> {b}':<34}{format_bytes(n):>14}" for (a, b), n in self.bytes_between_pools.items()]
+        lines += ["", f"{'from -> to':<34}{'predicted':>14}{''.join(f'{head:>12}' for head in self._link_heads())}"]
+        for a, b, nbytes, *weights in self._link_rows():
+            lines.append(f"{f'{a} -> {b}':<34}{nbytes:>14}{''.join(f'{weight:>12}' for weight in weights)}")
         if not self.bytes_between_pools:
             lines.append("nothing crosses between pools")
         elif self.compression != OFF:
             lines.append(_packing_note(self.compression))
+        if self.bytes_by_certainty:
+            lines.append(self._certainty_note())
         if self.crossings:
             lines += ["", "largest crossings"]
             lines += [
@@ -229,6 +303,22 @@ class Plan:
 
     __repr__ = __str__
 
+    def _link_heads(self) -> list[str]:
+        return ["seconds"] * bool(self.seconds_between_pools) + ["money"] * bool(self.money_between_pools)
+
+    def _link_rows(self) -> Iterator[tuple[str, ...]]:
+        for pair, nbytes in self.bytes_between_pools.items():
+            seconds, money = self.seconds_between_pools.get(pair), self.money_between_pools.get(pair)
+            weights = []
+            if self.seconds_between_pools:
+                weights.append("" if seconds is None else f"{seconds:.3g}")
+            if self.money_between_pools:
+                weights.append("" if money is None else f"{money:.3g}")
+            yield (*pair, format_bytes(nbytes), *weights)
+
+    def _certainty_note(self) -> str:
+        return "sizes: " + ", ".join(f"{format_bytes(n)} {sure}" for sure, n in self.bytes_by_certainty.items())
+
     def _repr_html_(self) -> str:
         def table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
             cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
@@ -241,9 +331,7 @@ class Plan:
             ("pool", "tasks", "makes"),
             ((p, n, format_bytes(self.bytes_by_pool.get(p, 0))) for p, n in self.tasks_by_pool.items()),
         )
-        between = table(
-            ("from", "to", "predicted"), ((a, b, format_bytes(n)) for (a, b), n in self.bytes_between_pools.items())
-        )
+        between = table(("from", "to", "predicted", *self._link_heads()), self._link_rows())
         crossings = table(
             ("predicted", "from", "to", "values", "read by"),
             (
@@ -253,6 +341,7 @@ class Plan:
         )
         is_packed = self.compression != OFF and self.bytes_between_pools
         note = f"<p>{_packing_note(self.compression)}</p>" if is_packed else ""
+        note += f"<p>{self._certainty_note()}</p>" if self.bytes_by_certainty else ""
         return f"<div><b>Plan: {self.n_tasks} tasks</b>{tasks}{between}{note}{crossings}</div>"
 
 
@@ -284,6 +373,8 @@ def explain(*collections: Any) -> Plan:
     ------
     NotACollectionError
         An argument is not a Dask collection.
+    SovereigntyError
+        A value that must not leave its pools is wanted elsewhere, the client included.
     """
     for collection in collections:
         if not is_dask_collection(collection):
@@ -292,12 +383,19 @@ def explain(*collections: Any) -> Plan:
         raise NotACollectionError("explain", "nothing")
     activate()
     expr = FinalizeCompute(collections_to_expr(collections)).optimize()
-    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())))
+    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())), is_gathered=True)
     return Plan(assignment, compression=mode_of(setting("compression")))
 
 
-def _assign(expr: Any, keys: tuple[Key, ...]) -> planning.Assignment:
-    request = planning.Request(keys=keys, pin=current_pin(), is_propagating=True)
+def _assign(expr: Any, keys: tuple[Key, ...], *, is_gathered: bool) -> planning.Assignment:
+    request = planning.Request(
+        keys=keys,
+        pin=current_pin(),
+        is_propagating=True,
+        is_regrouping=bool(setting("regroup-reductions")),
+        **links_wanted(),
+        is_gathered=is_gathered,
+    )
     return planning.assign(expr, request, _view())
 
 
@@ -305,13 +403,8 @@ def _view() -> View:
     client = _get_global_client()
     if client is None or client.asynchronous or client.status != "running":
         return EmptyView()
-    identity = client.sync(client.scheduler.identity)
-    keys = list(client.futures)
-    return ClientView(
-        {address: worker["resources"] for address, worker in identity["workers"].items()},
-        client.sync(client.scheduler.who_has, keys=keys) if keys else {},
-        client.sync(client.scheduler.nbytes, keys=keys, summary=False) if keys else {},
-    )
+    ask = functools.partial(client.run_on_scheduler, by_value(answer_view))
+    return ClientView(ask, list(client.futures))
 
 
 def get_pool(collection: Any) -> str | tuple[str, ...] | None:
@@ -381,7 +474,7 @@ def propagate_pools_in_collection(collection: T) -> T:
         raise NotACollectionError("propagate_pools_in_collection", type(collection).__name__)
     activate()
     expr = collections_to_expr(collection).optimize()
-    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())))
+    assignment = _assign(expr, tuple(flatten(expr.__dask_keys__())), is_gathered=False)
     tasks = {
         key: pinnedtasks.pinned(task, Pin((pool,))) if (pool := assignment.pool_by_key.get(key)) else task
         for key, task in assignment.tasks.items()

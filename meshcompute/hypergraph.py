@@ -1,62 +1,17 @@
-"""The hypergraph that placement works on, and moves in it that save bytes.
+"""The hypergraph that placement works on where there is no numpy.
 
 Covers vertices (tasks, or tasks that must share a pool), nets (values, with the vertices that yield and read them),
-what a choice of pools costs, and the improvement of one. Does not cover where to start from
-(:mod:`meshcompute.placement`).
-
-References
-----------
-C. M. Fiduccia, R. M. Mattheyses, "A linear-time heuristic for improving network partitions", DAC 1982.
+and what a choice of pools costs. Does not cover how one is found (:mod:`meshcompute.heuristics`).
 """
 
 from __future__ import annotations
 
-import heapq
-import math
 from collections.abc import Iterable, Sequence
 
-__all__ = ["FREE", "ContradictingPinsError", "Hypergraph", "Partition", "known_sizes"]
+from meshcompute.localsearch import Board
+from meshcompute.objective import FREE, ContradictingPinsError, Terms, rows_of
 
-FREE = -1  # pool of a task that nothing pinned is connected to
-
-# A value without bytes still costs a message when it crosses. Far below a byte even when every task yields such one.
-_EMPTY_NBYTES = 2.0**-30
-# A value read by more tasks than this (a broadcast) does not wake all of its readers when one of them moves.
-_BROADCAST = 64
-_MAX_PASSES = 8
-# How many moves in a row may bring no new best before a pass ends.
-_PATIENCE = 200
-
-
-class ContradictingPinsError(ValueError):
-    """No pool is allowed for a task, or for all tasks that must share one.
-
-    Parameters
-    ----------
-    tasks
-        The tasks concerned: one, or a group of ``Graph.together``.
-    """
-
-    def __init__(self, tasks: Sequence[int]) -> None:
-        super().__init__(tuple(tasks))
-        self.tasks = tuple(tasks)
-
-    def __str__(self) -> str:
-        if len(self.tasks) == 1:
-            return f"Task {self.tasks[0]} is pinned, but to none of the pools that exist."
-        return f"Tasks {list(self.tasks)} must share one pool, but no pool is allowed for all of them."
-
-
-def known_sizes(nbytes: Sequence[float]) -> list[float]:
-    """Replace unknown sizes by the mean of the known ones."""
-    sizes = [float(size) for size in nbytes]
-    unknown = [task for task, size in enumerate(sizes) if not 0.0 <= size < math.inf]
-    if unknown:
-        known = [size for size in sizes if 0.0 <= size < math.inf]
-        mean = sum(known) / len(known) if known else 0.0
-        for task in unknown:
-            sizes[task] = mean
-    return sizes
+__all__ = ["Hypergraph"]
 
 
 class Hypergraph:
@@ -64,39 +19,43 @@ class Hypergraph:
 
     A vertex is a task, or the tasks that must share a pool, named by the first of them. A net is a value, named by
     the task that yields it: it joins the vertex of that task and the vertices that read it. Pools that no pin names
-    cannot help, so pools are numbered anew, 0 ... n_pools - 1, among those that a pin names.
+    cannot help, so pools are numbered anew, 0 ... n_pools - 1, among
+    those that :meth:`Terms.pools` tells.
+
+    Parameters
+    ----------
+    terms
+        The graph, the pools and what crossing costs.
     """
 
     __slots__ = (
         "consumers",
+        "costs",
         "inputs",
         "movable",
         "n_pools",
         "nbytes",
         "order",
         "outputs",
+        "per_message",
         "pins",
         "pools",
+        "prices",
         "reached_from",
         "vertex_of",
     )
 
-    def __init__(
-        self,
-        dependencies: Sequence[Sequence[int]],
-        nbytes: Sequence[float],
-        pins: Sequence[tuple[int, ...] | None],
-        together: Sequence[Sequence[int]],
-        n_pools: int,
-    ) -> None:
-        n_tasks = len(nbytes)
-        self.nbytes = [size or _EMPTY_NBYTES for size in known_sizes(nbytes)]
+    def __init__(self, terms: Terms) -> None:
+        n_tasks = len(terms.nbytes)
+        pins = list(terms.pins)
+        self.nbytes = list(terms.nbytes)
         # Nets that a vertex reads, and that it yields.
-        self.inputs: list[Sequence[int]] = list(dependencies)
+        self.inputs: list[Sequence[int]] = list(rows_of(terms.dependencies))
         self.outputs: list[tuple[int, ...]] = [(task,) for task in range(n_tasks)]
         self.vertex_of: list[int] | None = None
-        merged = self._merge(together, list(pins)) if any(len(group) > 1 for group in together) else list(pins)
-        self.pins = self._renumbered(merged, n_pools)
+        merged = self._merge(terms.together, pins) if any(len(group) > 1 for group in terms.together) else pins
+        self.pins = self._renumbered(merged, terms)
+        self._price(terms)
         self.consumers: list[list[int]] = [[] for _ in range(n_tasks)]
         consumers = self.consumers
         is_sorted = True
@@ -149,9 +108,9 @@ class Hypergraph:
         self.vertex_of = vertex_of
         return pins
 
-    def _renumbered(self, pins: list[tuple[int, ...] | None], n_pools: int) -> list[tuple[int, ...] | None]:
+    def _renumbered(self, pins: list[tuple[int, ...] | None], terms: Terms) -> list[tuple[int, ...] | None]:
         used = {pin for pin in pins if pin is not None}
-        self.pools = sorted({pool for pin in used for pool in pin if 0 <= pool < n_pools})
+        self.pools = terms.pools({pool for pin in used for pool in pin})
         self.n_pools = len(self.pools)
         number = {pool: index for index, pool in enumerate(self.pools)}
         renumbered: dict[tuple[int, ...] | None, tuple[int, ...] | None] = {None: None}
@@ -160,6 +119,22 @@ class Hypergraph:
             if not renumbered[pin]:
                 raise ContradictingPinsError([pins.index(pin)])
         return [renumbered[pin] for pin in pins]
+
+    def _price(self, terms: Terms) -> None:
+        """Translate costs and prices to the new numbers; prices of merged tasks add up."""
+        pools, vertex_of = self.pools, self.vertex_of
+        self.costs = [[terms.costs[p][q] for q in pools] for p in pools]
+        table = terms.per_message
+        self.per_message = None if table is None else [[table[p][q] for q in pools] for p in pools]
+        self.prices: dict[int, list[float]] = {}
+        for task, by_pool in terms.prices.items():
+            mine = self.prices.setdefault(task if vertex_of is None else vertex_of[task], [0.0] * len(pools))
+            for index, pool in enumerate(pools):
+                mine[index] += by_pool[pool]
+        for task, seconds in enumerate(terms.work or ()):
+            mine = self.prices.setdefault(task if vertex_of is None else vertex_of[task], [0.0] * len(pools))
+            for index, pool in enumerate(pools):
+                mine[index] += seconds * terms.rates[pool]
 
     def _topological(self) -> list[int]:
         """Order vertices so that inputs come first; cycles, which groups can make, are cut where they are met."""
@@ -208,17 +183,38 @@ class Hypergraph:
         """List the nets that a vertex belongs to."""
         return (*self.inputs[vertex], *self.outputs[vertex])
 
+    def pay(self, net: int, source: int, destination: int) -> float:
+        """Tell what a net costs from a pool to another."""
+        paid = self.nbytes[net] * self.costs[source][destination]
+        return paid if self.per_message is None else paid + self.per_message[source][destination]
+
     def cost(self, pools: Sequence[int], nets: Iterable[int] | None = None) -> float:
-        """Sum up the bytes that cross, of all nets or of some."""
+        """Sum up what a choice of pools costs, prices included, of all nets or of some."""
         consumers, vertex_of = self.consumers, self.vertex_of
-        total = 0.0
+        total = sum(by_pool[pools[vertex]] for vertex, by_pool in self.prices.items() if pools[vertex] != FREE)
         for net in range(len(consumers)) if nets is None else nets:
             home = pools[net if vertex_of is None else vertex_of[net]]
             for reader in consumers[net]:
                 if pools[reader] != home:
-                    total += self.nbytes[net] * (len({home, *[pools[other] for other in consumers[net]]}) - 1)
+                    there = {pools[other] for other in consumers[net]} - {home}
+                    total += sum(self.pay(net, home, pool) for pool in sorted(there))
                     break
         return total
+
+    def board(self) -> Board:
+        """Give the hypergraph to a local search."""
+        sources = range(len(self.consumers)) if self.vertex_of is None else self.vertex_of
+        return Board(
+            n_pools=self.n_pools,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            readers=self.consumers,
+            sources=sources,
+            pay=self.pay,
+            allowed=self.pins,
+            prices={vertex: by_pool for vertex, by_pool in self.prices.items() if vertex in self.reached_from},
+            movable=self.movable,
+        )
 
     def plan(self, pools: Sequence[int]) -> list[int]:
         """Translate a choice per vertex into a pool per task, with the caller's pool numbers."""
@@ -228,132 +224,3 @@ class Hypergraph:
             pin = self.pins[vertex]
             chosen[vertex] = names[pin[0] if pin is not None and len(pin) == 1 else pools[vertex]]
         return chosen if vertex_of is None else [chosen[vertex] for vertex in vertex_of]
-
-
-class Partition:
-    """A choice of a pool per vertex, with what is needed to change it step by step.
-
-    ``counts[p][e]`` is how many vertices of net e are in pool p.
-    """
-
-    __slots__ = ("counts", "pools", "problem")
-
-    def __init__(self, problem: Hypergraph, pools: list[int]) -> None:
-        self.problem = problem
-        self.pools = pools
-        counts = self.counts = [[0] * len(pools) for _ in range(problem.n_pools)]
-        for vertex in problem.reached_from:
-            row = counts[pools[vertex]]
-            for net in problem.inputs[vertex]:
-                row[net] += 1
-            for net in problem.outputs[vertex]:
-                row[net] += 1
-
-    def improve(self) -> None:
-        """Move vertices between pools until nothing is gained."""
-        for _ in range(_MAX_PASSES):
-            if not self._pass():
-                return
-
-    def _boundary(self) -> list[int]:
-        """List the movable vertices that touch a net which crosses."""
-        counts, problem = self.counts, self.problem
-        crossing = bytearray(len(self.pools))
-        for net, present in enumerate(zip(*counts, strict=True)):
-            if len(present) - present.count(0) > 1:
-                crossing[net] = 1
-        inputs, outputs = problem.inputs, problem.outputs
-        found = []
-        for vertex in problem.movable:
-            for net in inputs[vertex]:
-                if crossing[net]:
-                    found.append(vertex)
-                    break
-            else:
-                for net in outputs[vertex]:
-                    if crossing[net]:
-                        found.append(vertex)
-                        break
-        return found
-
-    def _best_move(self, vertex: int) -> tuple[float, int]:
-        """Find the other pool to which the vertex moves best, and what that saves (negative: costs)."""
-        problem, counts = self.problem, self.counts
-        nbytes = problem.nbytes
-        here = self.pools[vertex]
-        nets = problem.nets_of(vertex)
-        row = counts[here]
-        saved = 0.0
-        for net in nets:
-            if row[net] == 1:
-                saved += nbytes[net]
-        best, target = -math.inf, here
-        pin = problem.pins[vertex]
-        for pool in range(problem.n_pools) if pin is None else pin:
-            if pool == here:
-                continue
-            row = counts[pool]
-            paid = 0.0
-            for net in nets:
-                if not row[net]:
-                    paid += nbytes[net]
-            if saved - paid > best:
-                best, target = saved - paid, pool
-        return best, target
-
-    def _move(self, vertex: int, pool: int) -> None:
-        problem = self.problem
-        here, there = self.counts[self.pools[vertex]], self.counts[pool]
-        for net in problem.nets_of(vertex):
-            here[net] -= 1
-            there[net] += 1
-        self.pools[vertex] = pool
-
-    def _pass(self) -> bool:
-        """Move each vertex at most once, the best first, also at a loss; keep the best state met on the way."""
-        problem = self.problem
-        movable = set(problem.movable)
-        heap = []
-        for vertex in self._boundary():
-            gain, pool = self._best_move(vertex)
-            heap.append((-gain, vertex, pool))
-        heapq.heapify(heap)
-        done: list[tuple[int, int]] = []
-        locked: set[int] = set()
-        gained = best = 0.0
-        n_best = 0
-        while heap and len(done) - n_best < _PATIENCE:
-            expected, vertex, pool = heapq.heappop(heap)
-            if vertex in locked:
-                continue
-            gain, pool = self._best_move(vertex)
-            if -gain > expected:
-                heapq.heappush(heap, (-gain, vertex, pool))
-                continue
-            done.append((vertex, self.pools[vertex]))
-            locked.add(vertex)
-            woken = self._woken_by(vertex, pool)
-            self._move(vertex, pool)
-            gained += gain
-            if gained > best:
-                best, n_best = gained, len(done)
-            for neighbour in woken:
-                if neighbour in movable and neighbour not in locked:
-                    gain, pool = self._best_move(neighbour)
-                    heapq.heappush(heap, (-gain, neighbour, pool))
-        for vertex, pool in reversed(done[n_best:]):
-            self._move(vertex, pool)
-        return n_best > 0
-
-    def _woken_by(self, vertex: int, pool: int) -> set[int]:
-        """Find the vertices for which a move, not made yet, changes what their own moves save."""
-        problem = self.problem
-        vertex_of, consumers = problem.vertex_of, problem.consumers
-        here, there = self.counts[self.pools[vertex]], self.counts[pool]
-        found: set[int] = set()
-        for net in problem.nets_of(vertex):
-            if there[net] < 2 or here[net] < 3:
-                if len(consumers[net]) <= _BROADCAST:
-                    found.update(consumers[net])
-                found.add(net if vertex_of is None else vertex_of[net])
-        return found

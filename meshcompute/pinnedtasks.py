@@ -10,12 +10,14 @@ Runs in the client's process and in the scheduler's; imports nothing that a stoc
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, TypeVar
 
 import toolz
 from dask._expr import ProhibitReuse
-from dask._task_spec import Alias, GraphNode, Task, TaskRef, _execute_subgraph
+from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef, _execute_subgraph
 from dask.tokenize import tokenize
 from dask.typing import Key
 from dask.utils import key_split
@@ -31,10 +33,10 @@ __all__ = [
     "inner_keys",
     "is_copied",
     "pinned",
-    "split_conflicts",
 ]
 
 Graph = dict[Key, GraphNode]
+AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 class PinnedTask(Task):
@@ -42,25 +44,34 @@ class PinnedTask(Task):
 
     It lives between the creation of a collection and the scheduler: :func:`extract_pins` turns it back into a
     plain task, so that workers need not know the class.
+
+    Notes
+    -----
+    The pin is the class's: there is one subclass for every pin. So instances are laid out as plain tasks are, Dask
+    handles them as fast, and turning one back is a change of its class instead of a copy.
     """
 
-    __slots__ = ("_pin",)
-    _pin: Pin
-
-    def __init__(
-        self, key: Any, func: Callable[..., Any], /, *args: Any, _pin: Pin, _data_producer: bool = False, **kwargs: Any
-    ) -> None:
-        super().__init__(key, func, *args, _data_producer=_data_producer, **kwargs)
-        self._pin = _pin
+    __slots__ = ()
+    _pin: ClassVar[Pin]
 
     def copy(self) -> PinnedTask:
-        return type(self)(
-            self.key, self.func, *self.args, _pin=self._pin, _data_producer=self._data_producer, **self.kwargs
-        )
+        return type(self)(self.key, self.func, *self.args, _data_producer=self._data_producer, **self.kwargs)
 
-    def __setstate__(self, state: Any) -> None:
-        activate()  # see Pin: a pin that arrives by pickle is respected here
-        super().__setstate__(state)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (self._pin, self.__getstate__())
+
+
+@functools.lru_cache(maxsize=1024)
+def _kind_of(pin: Pin) -> type[PinnedTask]:
+    return type("PinnedTask", (PinnedTask,), {"__slots__": (), "__module__": __name__, "_pin": pin})
+
+
+def _restored(pin: Pin, state: Any) -> PinnedTask:
+    activate()  # see Pin: a pin that arrives by pickle is respected here
+    kind = _kind_of(pin)
+    task = kind.__new__(kind)
+    task.__setstate__(state)
+    return task
 
 
 def _is_p2p(task: object) -> bool:
@@ -88,11 +99,11 @@ def pinned(task: GraphNode, pin: Pin) -> GraphNode:
         if task.func is _execute_subgraph and any(has_pin(t) for t in task.args[0].values()):
             inner = {k: pinned(t, pin) for k, t in task.args[0].items()}
             return Task(task.key, task.func, inner, *task.args[1:], _data_producer=task._data_producer)
-        return PinnedTask(task.key, task.func, *task.args, _pin=pin, _data_producer=task._data_producer, **task.kwargs)
+        return _as(_kind_of(pin), task)
     if isinstance(task, PinnedTask) or _is_p2p(task):
         return task
     value: Any = TaskRef(task.target) if isinstance(task, Alias) else task
-    return PinnedTask(task.key, toolz.identity, value, _pin=pin, _data_producer=task.data_producer)
+    return _kind_of(pin)(task.key, toolz.identity, value, _data_producer=task.data_producer)
 
 
 def is_copied(task: GraphNode) -> bool:
@@ -105,9 +116,9 @@ def has_pin(task: object) -> bool:
     return any(True for _ in _pins_in(task))
 
 
-def _plain(task: PinnedTask) -> Task:
+def _as(kind: type[AnyTask], task: Task) -> AnyTask:
     # Task.__init__ walks the arguments for dependencies, which are known here: 1 us instead of 3.
-    new = Task.__new__(Task)
+    new: AnyTask = object.__new__(kind)
     new.key, new.func, new.args, new.kwargs = task.key, task.func, task.args, task.kwargs
     new._dependencies = task._dependencies
     new._data_producer = task._data_producer
@@ -126,39 +137,66 @@ def extract_pins(graph: Graph) -> tuple[Graph, dict[Key, Pin]]:
     Returns
     -------
     dict
-        The same tasks without anything of ours in them.
+        The same tasks without anything of ours in them. A fused task whose parts must run in different pools is taken
+        apart.
     dict
         Pin by key, for the tasks that have one. A fused task has what all its parts allow.
     """
     pins: dict[Key, Pin] = {}
-    plain: Graph = {}
+    plain = dict(graph)
     extractor = _Extractor()
-    for key, task in split_conflicts(graph).items():
-        plain[key], pin = extractor(task)
+    apart: list[tuple[Key, GraphNode]] = []
+    for key, task in itertools.chain(graph.items(), apart):
+        kind = type(task)
+        if kind is Alias or kind is DataNode or not isinstance(task, Task):
+            continue
+        fused: Task = task
+        while is_copied(fused) and isinstance(fused.args[0], Task):
+            fused = fused.args[0]
+        if fused.func is _execute_subgraph:
+            found = extractor.pins_of(fused.args[0])
+            if len(found) > 1 and _is_conflict(found):
+                parts = _taken_apart(key, fused)
+                plain.update(parts)
+                apart += parts.items()
+                continue
+            if not found and kind is Task and fused is task:
+                continue
+        new, pin = extractor(task)
+        if new is not task:
+            plain[key] = new
         if pin is not None:
             pins[key] = pin
     return plain, pins
 
 
+def _is_conflict(pins: Iterable[Pin]) -> bool:
+    found = {frozenset(pin.pools) for pin in pins if pin.pools}
+    return len(found) > 1 and not frozenset.intersection(*found)
+
+
 class _Extractor:
-    """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one)."""
+    """Strip pins, remembering sub-graphs that many tasks share (all blocks of a fused layer share one).
+
+    They are known by their id: what is asked about must be kept by who asks.
+    """
 
     def __init__(self) -> None:
-        self._subgraphs: dict[int, tuple[dict[Key, Any], Any, Pin | None]] = {}
+        self._pins: dict[int, tuple[Pin, ...]] = {}
+        self._subgraphs: dict[int, dict[Key, Any]] = {}
 
-    def __call__(self, task: GraphNode) -> tuple[GraphNode, Pin | None]:
-        kind = type(task)
+    def __call__(self, task: Task) -> tuple[Task, Pin | None]:
         pin = None
-        if kind is PinnedTask:
+        if isinstance(task, PinnedTask):
             pin = task._pin
-            task = _plain(task)
-        elif not isinstance(task, Task):
-            return task, None
+            task = _as(Task, task)
         if task.func is _execute_subgraph:
-            inner, inner_pin = self._subgraph(task.args[0])
+            for inner_pin in self.pins_of(task.args[0]):
+                pin = _both(pin, inner_pin)
+            inner = self._subgraph(task.args[0])
             if inner is not task.args[0]:
                 task = _with_args(task, (inner, *task.args[1:]))
-            return task, _both(pin, inner_pin)
+            return task, pin
         for i, arg in enumerate(task.args):
             if isinstance(arg, Task):
                 new, arg_pin = self(arg)
@@ -167,23 +205,42 @@ class _Extractor:
                 pin = _both(pin, arg_pin)
         return task, pin
 
-    def _subgraph(self, graph: dict[Key, Any]) -> tuple[dict[Key, Any], Pin | None]:
-        if (known := self._subgraphs.get(id(graph))) is not None:
-            return known[1], known[2]
-        pin = None
-        new = {}
-        is_changed = False
-        for key, task in graph.items():
-            new[key], task_pin = self(task)
-            is_changed |= new[key] is not task
-            pin = _both(pin, task_pin)
-        result = new if is_changed else graph
-        self._subgraphs[id(graph)] = graph, result, pin  # the graph itself, so that its id stays taken
-        return result, pin
+    def pins_of(self, graph: dict[Key, Any]) -> tuple[Pin, ...]:
+        """Find the pins in a sub-graph, each once."""
+        if (known := self._pins.get(id(graph))) is not None:
+            return known
+        found: tuple[Pin, ...] = ()
+        for task in graph.values():
+            kind = type(task)
+            if kind is Alias or kind is DataNode or not isinstance(task, Task):
+                continue
+            pins: Iterable[Pin] = ()
+            if kind is Task and task.func is _execute_subgraph:
+                pins = self.pins_of(task.args[0])
+            elif kind is not Task or any(map(_is_task, task.args)):
+                pins = _pins_in(task)
+            for pin in pins:
+                if pin not in found:
+                    found = (*found, pin)
+        self._pins[id(graph)] = found
+        return found
+
+    def _subgraph(self, graph: dict[Key, Any]) -> dict[Key, Any]:
+        if not self.pins_of(graph):
+            return graph
+        result = self._subgraphs.get(id(graph))
+        if result is None:
+            result = {key: self(task)[0] if isinstance(task, Task) else task for key, task in graph.items()}
+            self._subgraphs[id(graph)] = result
+        return result
+
+
+def _is_task(part: object) -> bool:
+    return isinstance(part, Task)
 
 
 def _with_args(task: Task, args: tuple[Any, ...]) -> Task:
-    new = copy.copy(task) if type(task) is not Task else _plain(task)
+    new = copy.copy(task) if type(task) is not Task else _as(Task, task)
     new.args = args
     new._token = new._repr = None
     return new
@@ -194,55 +251,16 @@ def _both(a: Pin | None, b: Pin | None) -> Pin | None:
     if a is None or b is None or a == b:
         return a if b is None else b
     resources = tuple(sorted(toolz.merge_with(max, dict(a.resources), dict(b.resources)).items()))
+    marks = a.stays or b.stays, a.leaves or b.leaves
     if not a.pools or not b.pools:
-        return Pin(a.pools or b.pools, resources)
+        return Pin(a.pools or b.pools, resources, *marks)
     pools = tuple(p for p in a.pools if p in b.pools)
     if not pools:
         raise UnsupportedPinError(
             f"One task reads data of pool {a} and of pool {b} in a single step that Dask does not let us take apart. "
             "Open each pool's data inside its own pool() block and combine them outside."
         )
-    return Pin(pools, resources)
-
-
-def split_conflicts(graph: Graph) -> Graph:
-    """Take fused tasks apart whose parts must run in different pools.
-
-    Parameters
-    ----------
-    graph
-        Tasks as Dask's optimisation left them.
-
-    Returns
-    -------
-    dict
-        The same graph where nothing conflicts; otherwise one with the parts as tasks of their own.
-
-    Notes
-    -----
-    A linear chain pinned to a, then to b, is one task after Dask's low-level fusion, and no worker could run it.
-    """
-    result: Graph | None = None
-    checked: dict[int, tuple[Any, bool]] = {}
-    for key, node in graph.items():
-        task = node
-        while is_copied(task) and isinstance(task.args[0], Task):
-            task = task.args[0]
-        if not (isinstance(task, Task) and task.func is _execute_subgraph):
-            continue
-        inner = task.args[0]
-        if (known := checked.get(id(inner))) is None:
-            known = checked[id(inner)] = inner, _conflicts(inner)
-        if known[1]:
-            if result is None:
-                result = dict(graph)
-            result.update(_taken_apart(key, task))
-    return graph if result is None else split_conflicts(result)
-
-
-def _conflicts(inner: Mapping[Key, Any]) -> bool:
-    found = {frozenset(p.pools) for t in inner.values() for p in _pins_in(t) if p.pools}
-    return len(found) > 1 and not frozenset.intersection(*found)
+    return Pin(pools, resources, *marks)
 
 
 def _pins_in(task: Any) -> Iterator[Pin]:
@@ -256,6 +274,7 @@ def _pins_in(task: Any) -> Iterator[Pin]:
 
 
 def _taken_apart(key: Key, task: Task) -> Graph:
+    # A linear chain pinned to a, then to b, is one task after Dask's low-level fusion, and no worker could run it.
     inner, outkey, inkeys, *values = task.args
     new_keys = {k: f"{key_split(k)}-{tokenize(key, k)}" for k in inner}
     new_keys[outkey] = key

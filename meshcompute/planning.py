@@ -19,12 +19,16 @@ from typing import Any
 from dask._task_spec import Alias, GraphNode
 from dask.typing import Key
 
-from meshcompute import placement, taskgraph
+from meshcompute import learning, placement, taskgraph
 from meshcompute.errors import UnsupportedPinError
+from meshcompute.links import Link, LinkTable
 from meshcompute.live import EmptyView, Known, SchedulerView, View
+from meshcompute.numbering import Index, dependencies_of, ordered
 from meshcompute.pinnedtasks import extract_pins
-from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, resource_of, split_resources
+from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
+from meshcompute.regrouping import Regrouped, Regrouping, regroup
 from meshcompute.sizes import estimate_nbytes
+from meshcompute.sovereignty import confine, pin_in_block, refuse_delivery
 
 __all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
 
@@ -45,6 +49,14 @@ class Request:
         Place the tasks without a pin, too.
     compression
         Setting ``meshcompute.compression`` of the client; None: it has none.
+    is_regrouping
+        Setting ``meshcompute.regroup-reductions`` of the client.
+    links
+        Setting ``meshcompute.links`` of the client; None: it has none, and the scheduler's counts.
+    objective
+        Setting ``meshcompute.objective`` of the client.
+    is_gathered
+        The values go to the client at once.
     """
 
     keys: tuple[Key, ...]
@@ -52,6 +64,10 @@ class Request:
     resources: Mapping[str, float] = field(default_factory=dict)
     is_propagating: bool = False
     compression: str | None = None
+    is_regrouping: bool = True
+    links: tuple[Link, ...] | None = None
+    objective: str = "bytes"
+    is_gathered: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +79,9 @@ class Assignment:
     tasks
         Task by key, relays included, with nothing of ours in it.
     annotations
-        Annotations: value by key, by kind.
+        Annotations of the user's: value by key, by kind.
+    held_by_key
+        What the scheduler holds each task to that has a pool.
     pool_by_key
         Pool of every task that has one, and of the values in memory that they read.
     pinned
@@ -74,15 +92,31 @@ class Assignment:
         Key of the relayed value by key of the relay.
     keys
         What the client asked for.
+    guessed
+        Keys whose estimates rest on a rule of thumb.
+    learnt
+        Groups of tasks of which something was learnt in earlier runs (:func:`meshcompute.learning.group_of`).
+    measured
+        Keys whose values are in memory.
+    links
+        What is known of links.
+    regrouped
+        Reductions that merge by pool what the given graph merges across pools, by kind.
     """
 
     tasks: Mapping[Key, GraphNode]
     annotations: Mapping[str, Mapping[Key, Any]]
+    held_by_key: Mapping[Key, Held] = field(default_factory=dict)
     pool_by_key: Mapping[Key, str]
     pinned: frozenset[Key]
     nbytes_by_key: Mapping[Key, float]
     relays: Mapping[Key, Key]
     keys: tuple[Key, ...]
+    guessed: frozenset[Key] | set[Key] = frozenset()
+    learnt: frozenset[str] = frozenset()
+    measured: frozenset[Key] = frozenset()
+    links: LinkTable = field(default_factory=LinkTable)
+    regrouped: tuple[Regrouped, ...] = ()
 
 
 def assign(expr: Any, request: Request, view: View) -> Assignment:
@@ -106,6 +140,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     ------
     UnsupportedPinError
         Tasks that Dask cannot take apart are pinned to different pools.
+    SovereigntyError
+        A value that must not leave its pools is wanted elsewhere.
     """
     layers = taskgraph.layers_of(expr)
     tasks, annotations = taskgraph.materialize(expr, request.keys)
@@ -115,17 +151,18 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             pins.setdefault(key, pins[task.target])
     _add_annotated_pins(pins, annotations)
     if request.pin is not None and request.pin.pools:
-        pins = {key: pins.get(key, request.pin) for key in tasks}
-    pins = {key: pin for key, pin in pins.items() if pin.pools}
-    known = {key: seen for key in tasks if (seen := view.known(key)) is not None}
-    known |= {
-        key: seen
-        for key in {dep for task in tasks.values() for dep in task.dependencies} - tasks.keys()
-        if (seen := view.known(key)) is not None
-    }
+        pins = {key: pins.get(key) or pin_in_block(request.pin, key, tasks) for key in tasks}
+    external = {dep for task in tasks.values() for dep in taskgraph.inputs_of(task) if dep not in tasks}
+    known = {key: seen for keys in (tasks, external) for key in view.among(keys) if (seen := view.known(key))}
     for key, seen in known.items():
         if key in tasks and seen.task is not None:
             tasks[key] = seen.task  # its inputs must stay what they were: see Scheduler._generate_taskstates
+    stays = confine(tasks, pins, {key: seen.stays for key, seen in known.items() if seen.stays})
+    if stays:
+        view.watch_borders()
+    if request.is_gathered:
+        refuse_delivery(stays, request.keys)
+    pins = {key: pin for key, pin in pins.items() if pin.pools}
     if not pins and not (request.is_propagating and any(seen.pools for seen in known.values())):
         return Assignment(
             tasks=tasks,
@@ -137,29 +174,52 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             keys=request.keys,
         )
     nbytes: dict[Key, float] = {}
+    guessed: set[Key] = set()
+    learnt: frozenset[str] = frozenset()
+    regrouping = Regrouping()
+    links = LinkTable(given=request.links or (), objective=request.objective)
     shuffles = taskgraph.shuffles_of(tasks)
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
-        nbytes = estimate_nbytes(tasks, layers)
+        nbytes = estimate_nbytes(tasks, layers, guessed)
+        kinds = learning.kinds_of(tasks, nbytes)
+        senders = {key: tasks[key].dependencies for barrier in shuffles for key in tasks[barrier].dependencies}
+        learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()), senders)
+        view.expect(kinds)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
-        pool_by_key = _place(tasks, pins, known, nbytes, shuffles=shuffles.values(), present=view.pools())
+        if request.is_propagating and request.is_regrouping and not stays:
+            held = [{*request.keys}, *annotations.values()]
+            regrouping = _regroup(expr, tasks, nbytes, pins=pins, known=known, kept=held)
+        links = view.links(request.links, request.objective)
+        pool_by_key = _place(
+            tasks, pins, known, nbytes, shuffles=shuffles.values(), wanted=request.keys, links=links, view=view
+        )
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
+        regrouping.settle(tasks, pool_by_key)
     else:
         pool_by_key = {key: pin.pools[0] for key, pin in pins.items()}
     relays, fetching = _relays(tasks, pool_by_key, known) if request.is_propagating else ({}, set())
     for key, source in relays.items():
         if source in nbytes:
             nbytes[key] = nbytes[source]
-    _annotate(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources)
+        if source in stays:
+            stays[key] = stays[source]
+    held_by_key = _held(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources, stays=stays)
     return Assignment(
         tasks=tasks,
         annotations=annotations,
+        held_by_key=held_by_key,
         pool_by_key=pool_by_key,
         pinned=frozenset(pins),
         nbytes_by_key=nbytes,
         relays=relays,
         keys=request.keys,
+        guessed=guessed,
+        learnt=learnt,
+        links=links,
+        measured=frozenset([key for key, seen in known.items() if seen.is_in_memory]),
+        regrouped=regrouping.kinds,
     )
 
 
@@ -173,6 +233,36 @@ def _add_annotated_pins(pins: dict[Key, Pin], annotations: dict[str, dict[Key, A
             pins.setdefault(key, pin)
 
 
+def _regroup(
+    expr: Any,
+    tasks: dict[Key, GraphNode],
+    nbytes: dict[Key, float],
+    *,
+    pins: Mapping[Key, Pin],
+    known: Mapping[Key, Known],
+    kept: Iterable[Container[Key]],
+) -> Regrouping:
+    """Let each pool reduce its own part first, where data of several pools is reduced together."""
+    held = {seen.pools for seen in known.values() if seen.pools}
+    if len({name for pools in held.union([pin.pools for pin in pins.values()]) for name in pools}) < 2:
+        return Regrouping()
+
+    def pools_of(key: Key) -> tuple[str, ...] | None:
+        pin, seen = pins.get(key), known.get(key)
+        if pin is not None and not (seen is not None and seen.is_in_memory):
+            return pin.pools
+        return (seen.pools or None) if seen is not None else None
+
+    return regroup(
+        tasks,
+        nbytes,
+        pools_of=pools_of,
+        is_known=known.__contains__,
+        is_kept=lambda key: any(key in keys for keys in kept),
+        holds=functools.cache(functools.partial(taskgraph.holds, expr)),
+    )
+
+
 def _place(
     tasks: Mapping[Key, GraphNode],
     pins: Mapping[Key, Pin],
@@ -180,16 +270,22 @@ def _place(
     nbytes: Mapping[Key, float],
     *,
     shuffles: Iterable[Iterable[Key]],
-    present: Iterable[str],
+    wanted: Iterable[Key],
+    links: LinkTable,
+    view: View,
 ) -> dict[Key, str]:
     """Translate keys to integers, place, translate back."""
-    # In an order that is the same in every process: where two plans cost the same, explain() and the scheduler must
-    # choose the same one, and the order of Dask's own graphs depends on the hashes of strings.
-    keys = sorted({*tasks, *known}, key=str)
-    index = {key: i for i, key in enumerate(keys)}
+    keys = ordered([*tasks, *(key for key in known if key not in tasks)])
+    index = Index(keys)
     names = sorted({p for pin in pins.values() for p in pin.pools} | {p for seen in known.values() for p in seen.pools})
+    is_present = set(view.pools())
+    seconds = None
+    if links.objective == "seconds":  # threads elsewhere may save time, too
+        names = sorted({*names, *is_present})
+        kinds = {key: taskgraph.name_of(key) for key in keys if key in tasks and not _is_held(known.get(key))}
+        durations = view.durations(set(kinds.values()))
+        seconds = [durations[kinds[key]] if key in kinds else 0.0 for key in keys]
     number = {name: i for i, name in enumerate(names)}
-    is_present = set(present)
     allowed: dict[tuple[str, ...], tuple[int, ...]] = {}
 
     def numbers(pools: tuple[str, ...]) -> tuple[int, ...]:
@@ -198,32 +294,28 @@ def _place(
             allowed[pools] = tuple(number[p] for p in usable)
         return allowed[pools]
 
-    dependencies: list[list[int]] = []
-    pinned: list[tuple[int, ...] | None] = []
-    for key in keys:
-        seen = known.get(key)
-        if seen is not None and seen.is_in_memory:
-            dependencies.append([])
-            pinned.append(numbers(seen.pools) if seen.pools else None)
-            continue
-        task = tasks.get(key)
-        deps = task.dependencies if task is not None else ()
-        dependencies.append(sorted([index[d] for d in deps if d in index]))
-        pin = pins.get(key)
-        if pin is not None:
-            pinned.append(numbers(pin.pools))
-        elif seen is not None and seen.pools:
-            pinned.append(numbers(seen.pools))
-        else:
-            pinned.append(None)
+    pinned: list[tuple[int, ...] | None] = [None] * len(keys)
+    for key, pin in pins.items():
+        if key in index:
+            pinned[index[key]] = numbers(pin.pools)
+    for key, seen in known.items():
+        if seen.pools and (seen.is_in_memory or key not in pins):
+            pinned[index[key]] = numbers(seen.pools)
+        elif seen.is_in_memory:
+            pinned[index[key]] = None
+    sealed = {key for key, seen in known.items() if seen.is_in_memory}
     graph = placement.Graph(
-        dependencies=dependencies,
+        dependencies=dependencies_of(index, tasks, sealed),
         nbytes=[nbytes.get(key, 0.0) for key in keys],
         pins=pinned,
         together=[[index[key] for key in group] for group in shuffles],
+        wanted=[index[key] for key in wanted if key in index],
+        seconds=seconds,
     )
+    threads = view.threads() if seconds is not None else {}
+    costs = links.costs(names, [threads.get(name, 1.0) for name in names] if threads else None)
     try:
-        pools = placement.place(graph, len(names))
+        pools = placement.place(graph, len(names), costs).pools
     except placement.ContradictingPinsError as exc:
         group = [taskgraph.name_of(keys[i]) for i in exc.tasks]
         raise UnsupportedPinError(
@@ -231,6 +323,10 @@ def _place(
             "Rechunk the data of each pool on its own, or outside of any pool() block."
         ) from exc
     return {key: names[pool] for key, pool in zip(keys, pools, strict=True) if pool >= 0}
+
+
+def _is_held(seen: Known | None) -> bool:
+    return seen is not None and seen.is_in_memory
 
 
 def _relays(
@@ -246,12 +342,13 @@ def _relays(
         Keys of the tasks that read from another pool: relays, and single readers.
     """
     readers: dict[tuple[Key, str], list[Key]] = defaultdict(list)
+    pool_of = pool_by_key.get
     for key, task in tasks.items():
-        pool = pool_by_key.get(key)
-        if pool is None or (key in known and known[key].task is not None):
-            continue
-        for dep in task.dependencies:
-            if pool_by_key.get(dep, pool) != pool and not (dep in known and pool in known[dep].pools):
+        pool = pool_of(key)
+        for dep in taskgraph.inputs_of(task):
+            if pool is None or pool_of(dep, pool) == pool or (dep in known and pool in known[dep].pools):
+                continue
+            if key not in known or known[key].task is None:
                 readers[dep, pool].append(key)
     relays = {}
     fetching = set()
@@ -266,7 +363,7 @@ def _relays(
     return relays, fetching
 
 
-def _annotate(
+def _held(
     annotations: dict[str, dict[Key, Any]],
     tasks: Mapping[Key, GraphNode],
     pool_by_key: Mapping[Key, str],
@@ -274,27 +371,35 @@ def _annotate(
     *,
     fetching: Container[Key],
     common: Mapping[str, float],
-) -> None:
-    """Write pools as the annotations that the scheduler and the guard obey."""
+    stays: Mapping[Key, tuple[str, ...]],
+) -> dict[Key, Held]:
+    """Say what the scheduler holds each task to; what users ask for beside their pools moves there, too."""
     given = annotations.get("resources", {})
-    resources: dict[Key, Any] = dict(given)
-    notes: dict[Key, Any] = {}
-    # The same few dictionaries serve all tasks: a million of their own would be slow and large.
-    shared = functools.cache(lambda pool, extra: {**common, **dict(extra), resource_of(pool): 0})
-    note = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned})
-    # Stolen half-way through its fetch from another pool, a task would fetch again on another worker.
-    fixed = functools.cache(lambda pool, is_pinned: {"name": pool, "pinned": is_pinned, "fetches": True})
+    held: dict[Key, Held] = {}
+    shared: dict[tuple[Any, ...], Held] = {}
     for key, pool in pool_by_key.items():
         if key not in tasks:
             continue
-        pin = pins.get(key)
+        pin, is_fetching = pins.get(key), key in fetching
         extra = pin.resources if pin is not None else ()
-        if key in given and isinstance(given[key], Mapping):
-            extra = tuple(sorted({**split_resources(given[key])[1], **dict(extra)}.items()))
-        resources[key] = shared(pool, extra)
-        notes[key] = (fixed if key in fetching else note)(pool, pin is not None)
-    annotations["resources"] = resources
-    annotations[ANNOTATION] = notes
+        if given and key in given and isinstance(given[key], Mapping):
+            extra = tuple(sorted({**split_resources(given.pop(key))[1], **dict(extra)}.items()))
+        confined = stays.get(key, ()) if stays else ()
+        is_pinned, leaves = pin is not None or bool(confined), pin is not None and pin.leaves
+        replicas = pin.pools if pin is not None and len(pin.pools) > 1 else ()
+        kind = pool, is_pinned, is_fetching, extra, confined, leaves, replicas
+        if (one := shared.get(kind)) is None:
+            one = shared[kind] = Held(
+                pool,
+                {**common, **dict(extra)},
+                is_pinned=is_pinned,
+                is_fetching=is_fetching,
+                stays=confined,
+                leaves=leaves,
+                replicas=replicas,
+            )
+        held[key] = one
+    return held
 
 
 class PlannedExpression:
@@ -329,7 +434,8 @@ class PlannedExpression:
         self.__dict__.update(state)
         self.view = EmptyView()
         if (scheduler := find_scheduler(self.scheduler_id)) is not None:
-            install_guard(scheduler, self.request.compression)
+            request = self.request
+            install_guard(scheduler, request.compression, request.links, request.objective)
             self.view = SchedulerView(scheduler)
 
     @functools.cached_property
@@ -337,11 +443,11 @@ class PlannedExpression:
         """The plan, made when it is first asked for."""
         return assign(self.expr, self.request, self.view)
 
-    def __dask_graph__(self) -> dict[Key, GraphNode]:
-        return dict(self.assignment.tasks)
+    def __dask_graph__(self) -> Mapping[Key, GraphNode]:
+        return self.assignment.tasks  # nobody changes it: the scheduler makes a graph of its own
 
-    def __dask_annotations__(self) -> dict[str, dict[Key, Any]]:
-        return {kind: dict(values) for kind, values in self.assignment.annotations.items()}
+    def __dask_annotations__(self) -> dict[str, Mapping[Any, Any]]:
+        return {**self.assignment.annotations, PLAN: {PLAN: self.assignment.held_by_key}}
 
 
 def find_scheduler(scheduler_id: str) -> Any:
@@ -365,7 +471,12 @@ def find_scheduler(scheduler_id: str) -> Any:
     return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
-def install_guard(scheduler: Any, compression: str | None = None) -> None:
+def install_guard(
+    scheduler: Any,
+    compression: str | None = None,
+    links: tuple[Link, ...] | None = None,
+    objective: str | None = None,
+) -> None:
     """Install the guard on a scheduler of this process, and packing on its workers. Idempotent.
 
     Parameters
@@ -374,9 +485,12 @@ def install_guard(scheduler: Any, compression: str | None = None) -> None:
         A running scheduler.
     compression
         Setting ``meshcompute.compression`` of the client that asks; None: it has none.
+    links, objective
+        The same for its settings ``meshcompute.links`` and ``meshcompute.objective``.
     """
     from meshcompute.schedulerpacking import apply_mode
     from meshcompute.scheduling import Guard
 
     Guard.install(scheduler)
+    scheduler.give_links(links, objective)
     apply_mode(scheduler, compression)

@@ -10,7 +10,7 @@ import importlib
 import re
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import dask
@@ -19,8 +19,10 @@ from meshcompute.errors import PoolNameError
 
 __all__ = [
     "ANNOTATION",
+    "PLAN",
     "POOL_PREFIX",
     "UNPINNED",
+    "Held",
     "Pin",
     "current_pin",
     "pin_of_annotations",
@@ -37,6 +39,10 @@ POOL_PREFIX = "pool-"
 #: (``dask.blockwise._can_fuse_annotations``).
 ANNOTATION = "pool"
 
+#: Where a plan travels among the annotations of a graph: ``{PLAN: {PLAN: held by key}}``. Not as annotations of single
+#: tasks: Dask would take those apart for every task, on the scheduler's event loop.
+PLAN = "meshcompute-plan"
+
 # ``dask worker --resources`` splits its text at commas and white space, then at "=".
 _UNUSABLE = re.compile(r"[\s,=\x00-\x1f\x7f]")
 
@@ -52,6 +58,10 @@ class Pin:
         "no pin, whatever surrounds it" (``pool(None)``).
     resources
         Other worker resources that the task asks for, as sorted (name, amount) pairs.
+    stays
+        The value, and what is made of it, must not leave these pools.
+    leaves
+        The value may leave, whatever it was made of.
 
     Notes
     -----
@@ -61,12 +71,14 @@ class Pin:
 
     pools: tuple[str, ...]
     resources: tuple[tuple[str, float], ...] = ()
+    stays: bool = False
+    leaves: bool = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _receive_pin, (self.pools, self.resources)
+        return _receive_pin, (self.pools, self.resources, self.stays, self.leaves)
 
     def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return "meshcompute.Pin", self.pools, self.resources
+        return "meshcompute.Pin", self.pools, self.resources, self.stays, self.leaves
 
     def __str__(self) -> str:
         return " or ".join(self.pools) or "no pool"
@@ -76,9 +88,87 @@ class Pin:
 UNPINNED = Pin(())
 
 
-def _receive_pin(pools: tuple[str, ...], resources: tuple[tuple[str, float], ...]) -> Pin:
+class Held(dict[str, float]):
+    """What a task that is held to a pool asks of its worker: worker resources, name to amount.
+
+    A scheduler keeps it as the task's ``resource_restrictions``; being of this class, and nothing else, makes a task
+    ours. One object serves all tasks that ask for the same: a million of their own would be slow and large.
+
+    Parameters
+    ----------
+    pool
+        Name of the pool.
+    demands
+        Other worker resources, name to amount; pools among them are left out.
+    is_pinned
+        Pinned there by its user: it may not leave the pool if that is lost.
+    is_fetching
+        It reads a value of another pool: stolen half-way, it would fetch that again.
+    stays
+        Pools that its value must not leave; none: it may go anywhere.
+    leaves
+        Its value may leave, although it reads some that must not.
+    replicas
+        Pools that its user named, if they are several: it may move among them.
+
+    Attributes
+    ----------
+    lane
+        For the scheduler's own use: the workers that can meet it.
+    """
+
+    __slots__ = ("is_fetching", "is_pinned", "lane", "leaves", "pool", "replicas", "stays")
+
+    def __init__(
+        self,
+        pool: str,
+        demands: Mapping[str, float] | None = None,
+        *,
+        is_pinned: bool,
+        is_fetching: bool = False,
+        stays: tuple[str, ...] = (),
+        leaves: bool = False,
+        replicas: tuple[str, ...] = (),
+    ) -> None:
+        rest = {name: amount for name, amount in (demands or {}).items() if not name.startswith(POOL_PREFIX)}
+        super().__init__({POOL_PREFIX + pool: 0, **rest})
+        self.pool = pool
+        self.is_pinned = is_pinned
+        self.is_fetching = is_fetching
+        self.stays = stays
+        self.leaves = leaves
+        self.replicas = replicas
+        self.lane: Any = None
+
+    def moved(self, pool: str, *, is_fetching: bool) -> Held:
+        """Say the same of another pool.
+
+        Parameters
+        ----------
+        pool
+            Name of the pool.
+        is_fetching
+            Whether a task there reads a value of another pool.
+        """
+        return Held(
+            pool,
+            self,
+            is_pinned=self.is_pinned,
+            is_fetching=is_fetching,
+            stays=self.stays,
+            leaves=self.leaves,
+            replicas=self.replicas,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # elsewhere it is a plain dictionary, as Dask sends it to workers
+
+
+def _receive_pin(
+    pools: tuple[str, ...], resources: tuple[tuple[str, float], ...], stays: bool = False, leaves: bool = False
+) -> Pin:
     activate()
-    return Pin(pools, resources)
+    return Pin(pools, resources, stays, leaves)
 
 
 _is_active = False
@@ -193,7 +283,7 @@ def pin_of_annotations(annotations: Mapping[str, Any] | None) -> Pin | None:
             return None
         pin = Pin(pools)
     if pin.pools and rest and not pin.resources:
-        pin = Pin(pin.pools, tuple(sorted(rest.items())))
+        pin = replace(pin, resources=tuple(sorted(rest.items())))
     return pin
 
 

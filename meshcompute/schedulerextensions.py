@@ -15,7 +15,7 @@ from distributed.shuffle._core import P2PBarrierTask, barrier_key
 from distributed.shuffle._scheduler_plugin import ShuffleSchedulerPlugin
 from distributed.stealing import WorkStealing
 
-from meshcompute.pools import ANNOTATION, POOL_PREFIX
+from meshcompute.pools import POOL_PREFIX, Held
 from meshcompute.schedulerqueue import drop_pool, is_pinned, or_stock, pool_of
 
 __all__ = ["EXTENSIONS", "is_barrier"]
@@ -40,8 +40,8 @@ class PoolStealing(WorkStealing):
     @_override
     def put_key_in_stealable(self, ts: Any) -> None:
         # Stolen half-way through its fetch from another pool, it makes the value cross a second time.
-        note = ts.annotations.get(ANNOTATION) if ts.annotations else None
-        if type(note) is not dict or not note.get("fetches"):  # users may annotate with a "pool" of their own
+        held = ts.resource_restrictions
+        if type(held) is not Held or not held.is_fetching:
             super().put_key_in_stealable(ts)
 
     @_override
@@ -78,6 +78,8 @@ class PoolMemoryManager(ActiveMemoryManagerExtension):
     @_override
     def _find_recipient(self, ts: Any, candidates: set[Any] | None, pending_repl: set[Any]) -> Any:
         local = self._local_recipients(ts, candidates, pending_repl)
+        if not local and getattr(ts.resource_restrictions, "stays", False):
+            return None
         return super()._find_recipient(ts, local or candidates, pending_repl)
 
     @or_stock(frozenset[Any]())

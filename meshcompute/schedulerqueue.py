@@ -15,14 +15,26 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 from collections.abc import Callable, Iterator, Mapping, MutableSet
 from typing import Any, TypeVar, cast
 
 from distributed.collections import HeapSet
 
-from meshcompute.pools import ANNOTATION, POOL_PREFIX
+from meshcompute.pools import ANNOTATION, POOL_PREFIX, Held
 
-__all__ = ["IdleWorkers", "Lane", "Lanes", "PoolQueue", "assign_pool", "drop_pool", "is_pinned", "or_stock", "pool_of"]
+__all__ = [
+    "IdleWorkers",
+    "Lane",
+    "Lanes",
+    "PoolQueue",
+    "assign_pool",
+    "drop_pool",
+    "hold_as_noted",
+    "is_pinned",
+    "or_stock",
+    "pool_of",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +89,31 @@ def pool_of(ts: Any) -> str | None:
         The pool, without its prefix. A resource demand that somebody wrote by hand, without the annotation, is
         left to Dask.
     """
-    restrictions = ts.resource_restrictions
-    if not restrictions or not ts.annotations:
-        return None
-    note = ts.annotations.get(ANNOTATION)
-    if type(note) is not dict:
-        return None
-    name = note.get("name")
-    return name if name and POOL_PREFIX + name in restrictions else None
+    held = ts.resource_restrictions
+    return held.pool if type(held) is Held else None
 
 
 def is_pinned(ts: Any) -> bool:
     """Whether a task of a pool was pinned there by its user, rather than placed."""
-    return bool(ts.annotations[ANNOTATION].get("pinned"))
+    return bool(ts.resource_restrictions.is_pinned)
+
+
+def hold_as_noted(ts: Any) -> None:
+    """Hold a task to a pool if its annotations say so: ``{"pool": {"name": ..., "pinned": bool}}``, and the resource.
+
+    Parameters
+    ----------
+    ts
+        The scheduler's state of a task that came without a plan.
+    """
+    note = ts.annotations.get(ANNOTATION) if ts.annotations else None
+    if type(note) is not dict:  # users may annotate with a "pool" of their own
+        return
+    name, demands = note.get("name"), ts.resource_restrictions
+    if name and demands and POOL_PREFIX + name in demands:
+        ts.resource_restrictions = Held(
+            name, demands, is_pinned=bool(note.get("pinned")), is_fetching=bool(note.get("fetches"))
+        )
 
 
 def assign_pool(ts: Any, pool: str, *, pinned: bool) -> None:
@@ -104,12 +128,8 @@ def assign_pool(ts: Any, pool: str, *, pinned: bool) -> None:
     pinned
         False where it may leave the pool if the pool is lost.
     """
-    rest = {
-        name: amount for name, amount in (ts.resource_restrictions or {}).items() if not name.startswith(POOL_PREFIX)
-    }
-    # New dictionaries: Dask hands one and the same to all tasks of a layer.
-    ts.resource_restrictions = {POOL_PREFIX + pool: 0, **rest}
-    ts.annotations = {**(ts.annotations or {}), ANNOTATION: {"name": pool, "pinned": pinned}}
+    # New dictionaries: one and the same serves all tasks of a layer, or of a plan.
+    ts.resource_restrictions = Held(pool, ts.resource_restrictions, is_pinned=pinned)
 
 
 def drop_pool(ts: Any) -> None:
@@ -118,7 +138,6 @@ def drop_pool(ts: Any) -> None:
         name: amount for name, amount in (ts.resource_restrictions or {}).items() if not name.startswith(POOL_PREFIX)
     }
     ts.resource_restrictions = rest or None
-    ts.annotations = {**(ts.annotations or {}), ANNOTATION: {"name": None, "pinned": False}}
 
 
 class Lane:
@@ -132,9 +151,11 @@ class Lane:
         Resource name to the amount that a task needs.
     """
 
-    __slots__ = ("demands", "idle", "n_present", "nthreads", "pool", "ring", "workers")
+    __slots__ = ("demands", "idle", "lanes", "n_present", "nthreads", "pool", "ring", "workers")
 
     def __init__(self, pool: str, demands: Mapping[str, float]) -> None:
+        #: Who keeps it up to date; nobody any more once it is forgotten.
+        self.lanes: Lanes | None = None
         self.pool = pool
         self.demands = dict(demands)
         #: Workers that meet the demands and run.
@@ -187,19 +208,34 @@ class Lanes:
         Lane or None
             The lane, up to date.
         """
-        pool = pool_of(ts)
-        if pool is None:
+        held = ts.resource_restrictions
+        if type(held) is not Held:
             return None
         if self._is_stale:
             self.refresh()
-        key = frozenset(ts.resource_restrictions.items())
+        lane: Lane | None = held.lane
+        if lane is None or lane.lanes is not self:
+            lane = held.lane = self._meeting(held)
+        return lane
+
+    def _meeting(self, held: Held) -> Lane:
+        key = frozenset(held.items())
         lane = self._by_demands.get(key)
         if lane is None:
             if len(self._by_demands) >= _MAX_LANES:
-                self._by_demands = {k: v for k, v in self._by_demands.items() if self._is_in_use(v)}
-            lane = self._by_demands[key] = Lane(pool, ts.resource_restrictions)
+                self._forget()
+            lane = self._by_demands[key] = Lane(held.pool, held)
+            lane.lanes = self
             self._fill(lane)
         return lane
+
+    def _forget(self) -> None:
+        for key, lane in list(self._by_demands.items()):
+            if not self._is_in_use(lane):
+                lane.lanes = None
+                del self._by_demands[key]
+        for ws, lanes in self._of_worker.items():
+            self._of_worker[ws] = [lane for lane in lanes if lane.lanes is self]
 
     def refresh(self) -> None:
         """Find the workers of every lane again."""
@@ -278,8 +314,7 @@ class IdleWorkers(set[Any]):
             lane.idle.discard(ws)
 
 
-def _priority(ts: Any) -> Any:
-    return ts.priority
+_priority = operator.attrgetter("priority")
 
 
 class PoolQueue(MutableSet[Any]):
@@ -329,6 +364,12 @@ class PoolQueue(MutableSet[Any]):
         heap.discard(ts)
         if not heap and lane is not None:
             del self._heaps[lane]
+
+    def remove(self, ts: Any) -> None:
+        """Take a task out; an error if it is not there."""
+        if ts not in self._lane_by_task:
+            raise KeyError(ts)
+        self.discard(ts)
 
     def clear(self) -> None:
         """Take all tasks out."""

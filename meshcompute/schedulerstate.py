@@ -13,26 +13,24 @@ subclass. Three rules keep that safe:
 - A task without a pool takes the stock path, always.
 - Every decision of ours may fail: it is logged, and the stock path decides. That path respects resource
   restrictions too, so a pin holds even then.
-- :func:`check_internals` compares what we rely on with what is installed, before anything is touched.
+- :mod:`meshcompute.schedulerinternals` compares what we rely on with what is installed, before anything is touched.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
-import distributed
-from distributed import scheduler as scheduler_module
-from distributed.scheduler import Scheduler, TaskState, WorkerState
-
-from meshcompute.errors import MeshError
-from meshcompute.pools import ANNOTATION, POOL_PREFIX
+from meshcompute.learning import SizeBook
+from meshcompute.pools import ANNOTATION, PLAN, POOL_PREFIX, Held
+from meshcompute.schedulerborders import BorderScheduler
 from meshcompute.schedulerextensions import EXTENSIONS
+from meshcompute.schedulerinternals import check_internals
+from meshcompute.schedulerlinks import LinkScheduler
 from meshcompute.schedulerqueue import (
     IdleWorkers,
     Lane,
@@ -40,12 +38,13 @@ from meshcompute.schedulerqueue import (
     PoolQueue,
     assign_pool,
     drop_pool,
+    hold_as_noted,
     is_pinned,
     or_stock,
     pool_of,
 )
 
-__all__ = ["PoolScheduler", "check_internals", "enlist"]
+__all__ = ["PoolScheduler", "enlist"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ logger = logging.getLogger(__name__)
 _MAX_COMPARED = 20
 
 
-class PoolScheduler(Scheduler):
+class PoolScheduler(BorderScheduler):
     """A scheduler that places, queues and counts tasks per pool.
 
     Notes
@@ -63,10 +62,13 @@ class PoolScheduler(Scheduler):
 
     pool_lanes: Lanes
     pool_counts: Counter[str]
+    pool_sizes: SizeBook
     #: Set by the Guard: whether a cluster announces that workers of a pool are coming.
     is_pool_expected: Callable[[str], bool]
     #: Pool and pinnedness of the task that submits the graph which is being taken in.
     _parent: tuple[str, bool] | None
+    #: What the tasks of the graph which is being taken in are held to, by key.
+    _plan: Mapping[Any, Held]
 
     # ------------------------------------------------------------------ which workers
 
@@ -148,7 +150,7 @@ class PoolScheduler(Scheduler):
 
     def _release_if_lost(self, ts: Any, lane: Lane) -> bool:
         """Release a placed task whose pool nobody has any more. Returns whether it did."""
-        if lane.n_present or is_pinned(ts) or self.is_pool_expected(lane.pool):
+        if is_pinned(ts) or self.is_pool_expected(lane.pool):
             return False
         drop_pool(ts)
         self.pool_counts["released"] += 1
@@ -158,19 +160,21 @@ class PoolScheduler(Scheduler):
     def _next_for(self, ts: Any) -> Any:
         """Where a ready task goes: a worker, a state's name, or None for "as in stock"."""
         lane = self.pool_lanes.of(ts)
-        if lane is None or self._release_if_lost(ts, lane):
+        if lane is None or (not lane.n_present and self._release_if_lost(ts, lane)):
             return None
         if not self._is_rootish_in_lane(ts, lane):
             return self.decide_worker_non_rootish(ts) or "no-worker"
         if not lane.workers:
             return "no-worker"
-        return self._least_busy(lane) or "queued"
+        return (lane.idle and self._least_busy(lane)) or "queued"
 
     def _transition_waiting_processing(self, key: Any, stimulus_id: str) -> Any:
         ts = self.tasks[key]
-        there = self._next_for(ts) if pool_of(ts) is not None else None
+        there = self._next_for(ts) if type(ts.resource_restrictions) is Held else None
         if there is None:
             return super()._transition_waiting_processing(key, stimulus_id)
+        if there == "queued":  # at once: stock goes round through another transition
+            return self._transition_waiting_queued(key, stimulus_id)
         if isinstance(there, str):
             return {key: there}, {}, {}
         return self._add_to_processing(ts, there, stimulus_id=stimulus_id)
@@ -211,11 +215,14 @@ class PoolScheduler(Scheduler):
     def _transition_processing_memory(self, key: Any, stimulus_id: str, **kwargs: Any) -> Any:
         ts = self.tasks[key]
         if ts.resource_restrictions:
-            self._count_finished(ts, kwargs.get("worker"))
+            self._count_finished(ts, kwargs.get("worker"), kwargs["nbytes"])
         return super()._transition_processing_memory(key, stimulus_id, **kwargs)
 
     @or_stock(None)
-    def _count_finished(self, ts: Any, worker: str | None) -> None:
+    def _count_finished(self, ts: Any, worker: str | None, nbytes: int) -> None:
+        if (record := self.pool_sizes.groups.get(ts.group.name)) is not None:
+            record[0] += 1
+            record[1] += nbytes
         pool = pool_of(ts)
         if pool is not None and worker in self.workers:
             self.pool_counts["finished"] += 1
@@ -280,19 +287,33 @@ class PoolScheduler(Scheduler):
 
     # ------------------------------------------------------------------ graphs come in
 
-    def _create_taskstate_from_graph(self, *, submitting_task: Any, **kwargs: Any) -> Any:
+    def _create_taskstate_from_graph(self, *, submitting_task: Any, annotations_by_type: Any, **kwargs: Any) -> Any:
         parent = self.tasks.get(submitting_task) if submitting_task else None
         pool = pool_of(parent) if parent is not None else None
         self._parent = None if pool is None else (pool, is_pinned(parent))
+        self._plan = annotations_by_type.pop(PLAN, {}).get(PLAN, {})
         try:
-            return super()._create_taskstate_from_graph(submitting_task=submitting_task, **kwargs)
+            return super()._create_taskstate_from_graph(
+                submitting_task=submitting_task, annotations_by_type=annotations_by_type, **kwargs
+            )
         finally:
-            self._parent = None
+            self._parent, self._plan = None, {}
 
     def _apply_annotations(self, tasks: Any, annotations_by_type: Any, global_annotations: Any = None) -> Any:
         keys = super()._apply_annotations(tasks, annotations_by_type, global_annotations)
+        if ANNOTATION in annotations_by_type or (global_annotations and ANNOTATION in global_annotations):
+            for ts in tasks:
+                hold_as_noted(ts)
+        if self._plan:
+            held_by_key = self._plan
+            for ts in tasks:
+                held = held_by_key.get(ts.key)
+                if held is not None:
+                    ts.resource_restrictions = held
         if self._parent is not None:
             self._inherit(tasks, *self._parent)
+        if self.has_borders:
+            self.check_borders(tasks)
         return keys
 
     @or_stock(None)
@@ -303,7 +324,7 @@ class PoolScheduler(Scheduler):
             if ts.annotations and ANNOTATION in ts.annotations:
                 continue
             if any(name.startswith(POOL_PREFIX) for name in ts.resource_restrictions or ()):
-                continue
+                continue  # placed, or somebody's own demand
             assign_pool(ts, pool, pinned=pinned)
             self.pool_counts["inherited"] += 1
 
@@ -350,98 +371,6 @@ class PoolScheduler(Scheduler):
 
 # ---------------------------------------------------------------------- taking a live scheduler over
 
-# What we override or call, with the parameters that we rely on.
-_METHODS: dict[str, tuple[str, ...]] = {
-    "_add_to_processing": ("ts", "ws", "stimulus_id"),
-    "_apply_annotations": ("tasks", "annotations_by_type", "global_annotations"),
-    "_create_taskstate_from_graph": ("submitting_task",),
-    "_task_to_msg": ("ts",),
-    "_transition_no_worker_processing": ("key", "stimulus_id"),
-    "_transition_processing_memory": ("key", "stimulus_id", "worker"),
-    "_transition_queued_processing": ("key", "stimulus_id"),
-    "_transition_waiting_processing": ("key", "stimulus_id"),
-    "_transition_waiting_queued": ("key", "stimulus_id"),
-    "add_resources": ("worker", "resources"),
-    "decide_worker_non_rootish": ("ts",),
-    "handle_request_refresh_who_has": ("keys", "worker", "stimulus_id"),
-    "handle_worker_status_change": ("status", "worker", "stimulus_id"),
-    "is_rootish": ("ts",),
-    "remove_resources": ("worker",),
-    "stimulus_queue_slots_maybe_opened": ("stimulus_id",),
-    "transition": ("key", "finish", "stimulus_id"),
-    "transitions": ("recommendations", "stimulus_id"),
-    "valid_workers": ("ts",),
-    "validate_queued": ("key",),
-    "worker_objective": ("ts", "ws"),
-}
-_ATTRIBUTES: dict[Any, str] = {
-    Scheduler: "WORKER_SATURATION extensions idle_task_count n_tasks plugins queued resources running tasks unrunnable "
-    "workers",
-    TaskState: (
-        "_queueable actor annotations dependencies dependents group host_restrictions loose_restrictions priority "
-        "processing_on resource_restrictions run_spec waiters who_has worker_restrictions"
-    ),
-    WorkerState: "address nthreads processing resources status",
-}
-# Of a living scheduler only: they are no slots.
-_INSTANCE_ATTRIBUTES = (
-    "handlers periodic_callbacks rootish_tg_dependencies_threshold rootish_tg_threshold stream_comms stream_handlers"
-)
-_TRANSITIONS = {
-    ("released", "waiting"),
-    ("waiting", "processing"),
-    ("waiting", "queued"),
-    ("waiting", "no-worker"),
-    ("queued", "processing"),
-    ("queued", "released"),
-    ("no-worker", "processing"),
-    ("no-worker", "released"),
-    ("no-worker", "erred"),
-    ("processing", "memory"),
-}
-
-
-def check_internals(scheduler: Any = None) -> None:
-    """Compare what this module relies on with the distributed that is installed.
-
-    Parameters
-    ----------
-    scheduler
-        A living scheduler, of which more can be compared than of the class.
-
-    Raises
-    ------
-    MeshError
-        Something is missing or has other parameters. Nothing has been changed.
-    """
-    missing = [f"Scheduler.{name}" for name, names in _METHODS.items() if not _accepts(Scheduler, name, names)]
-    for kind, attributes in _ATTRIBUTES.items():
-        missing += [f"{kind.__name__}.{name}" for name in attributes.split() if not hasattr(kind, name)]
-    if scheduler is not None:
-        missing += [f"Scheduler().{name}" for name in _INSTANCE_ATTRIBUTES.split() if not hasattr(scheduler, name)]
-    table = getattr(Scheduler, "_TRANSITIONS_TABLE", {})
-    missing += [f"the transition {start} to {finish}" for start, finish in _TRANSITIONS - set(table)]
-    if not hasattr(scheduler_module, "_worker_full"):
-        missing.append("scheduler._worker_full")
-    for extension in EXTENSIONS.values():
-        base = extension.__bases__[0]
-        for name, method in vars(extension).items():
-            if inspect.isfunction(method) and hasattr(method, "overrides"):
-                names = tuple(inspect.signature(method).parameters)[1:]
-                if not _accepts(base, name, names):
-                    missing.append(f"{base.__name__}.{name}")
-    if missing:
-        raise MeshError(
-            f"distributed {distributed.__version__} on the scheduler differs from what pools need: "
-            f"{', '.join(sorted(missing))}. Install a version of distributed that this version of meshcompute names "
-            "in its requirements, or a newer meshcompute."
-        )
-
-
-def _accepts(kind: Any, name: str, parameters: Iterable[str]) -> bool:
-    method = getattr(kind, name, None)
-    return callable(method) and set(parameters) <= set(inspect.signature(method).parameters)
-
 
 def enlist(scheduler: Any, is_pool_expected: Callable[[str], bool]) -> PoolScheduler:
     """Turn a live scheduler into one that knows pools.
@@ -475,18 +404,24 @@ def enlist(scheduler: Any, is_pool_expected: Callable[[str], bool]) -> PoolSched
 
     scheduler.pool_lanes = lanes
     scheduler.pool_counts = Counter()
+    scheduler.pool_sizes = SizeBook()
+    LinkScheduler.start_links(scheduler)
+    BorderScheduler.start_borders(scheduler)
     scheduler.is_pool_expected = is_pool_expected
-    scheduler._parent = None
+    scheduler._parent, scheduler._plan = None, {}
     scheduler.__class__ = kind
+    for ts in scheduler.tasks.values():
+        hold_as_noted(ts)
     queue = PoolQueue(scheduler._lane)
     for ts in scheduler.queued.sorted():
         queue.add(ts)
     scheduler.queued = queue
     scheduler.idle_task_count = IdleWorkers(scheduler.idle_task_count, lanes)
     # Handlers were bound when the scheduler was made, to the methods of its old class.
+    ours = {name for part in PoolScheduler.__mro__ if issubclass(part, LinkScheduler) for name in vars(part)}
     for handlers in (scheduler.handlers, scheduler.stream_handlers):
         for op, handler in list(handlers.items()):
-            if getattr(handler, "__self__", None) is scheduler and handler.__name__ in vars(PoolScheduler):
+            if getattr(handler, "__self__", None) is scheduler and handler.__name__ in ours:
                 handlers[op] = getattr(scheduler, handler.__name__)
     for name, extension_kind in EXTENSIONS.items():
         extension = scheduler.extensions.get(name)

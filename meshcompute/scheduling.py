@@ -6,9 +6,10 @@ which pool a task should get (:mod:`meshcompute.planning`).
 
 Notes
 -----
-A task is ours when ``ts.resource_restrictions`` holds ``pool-<name>`` and ``ts.annotations["pool"]`` is
-``{"name": <name>, "pinned": bool}``. Pinned by the user, it waits for its pool and fails with a clear error; placed
-by a planner, it leaves a pool that is lost. Everything else on the scheduler is left as in stock Dask.
+A task is ours when its ``resource_restrictions`` are of the class :class:`meshcompute.pools.Held`, which a plan brings
+along; or which a task without a plan gets whose resources name ``pool-<name>`` and whose annotation ``pool`` is
+``{"name": <name>, "pinned": bool}``. Pinned by the user, it waits for its pool and fails with a clear error; placed by
+a planner, it leaves a pool that is lost. Everything else on the scheduler is left as in stock Dask.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from tornado.ioloop import PeriodicCallback
 
 from meshcompute.errors import UnknownPoolError, UnmetDemandError
 from meshcompute.pools import pools_of_resources, resource_of, split_resources
+from meshcompute.scheduleradapting import LOOK_SECONDS, Adapter
 from meshcompute.schedulerextensions import is_barrier
 from meshcompute.schedulerqueue import assign_pool, is_pinned, pool_of
 from meshcompute.schedulerstate import PoolScheduler, enlist
@@ -127,6 +129,9 @@ class Guard(SchedulerPlugin):
         check = PeriodicCallback(guard.check_waiting, _CHECK_SECONDS * 1000)
         scheduler.periodic_callbacks["meshcompute-missing-pools"] = check
         check.start()
+        look = PeriodicCallback(Adapter(scheduler).look, LOOK_SECONDS * 1000)
+        scheduler.periodic_callbacks["meshcompute-adapting"] = look
+        look.start()
         return guard
 
     # ------------------------------------------------------------------ announcements
@@ -240,6 +245,9 @@ class Guard(SchedulerPlugin):
         stimulus_id = f"meshcompute-missing-pool-{now}"
         failed: set[str] = set()
         for ts, since in list(scheduler.unrunnable.items()):
+            if scheduler.pool_refused and ts.state == "no-worker" and ts.key in scheduler.pool_refused:
+                self._fail_with(ts, scheduler.pool_refused.pop(ts.key), stimulus_id)
+                continue
             if ts.state != "no-worker" or (lane := scheduler.pool_lanes.of(ts)) is None:
                 continue
             if self.is_expected(lane.pool) or self._has_present_worker(ts, lane):
@@ -277,13 +285,16 @@ class Guard(SchedulerPlugin):
             error = UnmetDemandError(pool, pools, timeout_seconds, ts.key, demands, workers)
         else:
             error = UnknownPoolError(pool, pools, timeout_seconds, ts.key)
-        recommendations = scheduler.transition(
+        self._fail_with(ts, error, stimulus_id)
+        scheduler.pool_counts["unknown_pool_errors"] += 1
+        return error
+
+    def _fail_with(self, ts: Any, error: Exception, stimulus_id: str) -> None:
+        recommendations = self._scheduler.transition(
             ts.key, "erred", exception=dumps(error), exception_text=str(error), cause=ts.key, stimulus_id=stimulus_id
         )
         # At once: it takes most others that wait for the same pool out of the list.
-        scheduler.transitions(recommendations, stimulus_id)
-        scheduler.pool_counts["unknown_pool_errors"] += 1
-        return error
+        self._scheduler.transitions(recommendations, stimulus_id)
 
     # ------------------------------------------------------------------ what tests and reports ask
 
@@ -304,7 +315,7 @@ class Guard(SchedulerPlugin):
         """
         names = (
             "finished wrong_pool released steals_refused inherited shuffle_tasks_moved shuffles_confined "
-            "replicas_kept unknown_pool_errors failures"
+            "replicas_kept placed_again unknown_pool_errors failures"
         )
         counts: dict[str, Any] = {name: self._scheduler.pool_counts[name] for name in names.split()}
         counts["queued"] = self._scheduler.queued.counts()

@@ -21,6 +21,12 @@ DEFAULTS: dict[str, Any] = {
     "missing-pool-timeout": "30s",
     # What workers do to values for other sites: auto, off, or the name of a codec (meshcompute.packing).
     "compression": "auto",
+    # Bandwidth, latency and price of links between pools (meshcompute.links.parse_links); None: what is measured.
+    "links": None,
+    # What plans are to have little of: bytes, money or seconds.
+    "objective": "bytes",
+    # Let each site reduce its own part first where data of several sites is reduced together (meshcompute.regrouping).
+    "regroup-reductions": True,
 }
 
 

@@ -13,11 +13,11 @@ Where an estimate comes from, the first that applies::
     slices, concatenations, finalize           computed from the inputs
     P2P transfer / barrier / unpack            what it sends / a number / an equal share of what was sent
     first steps of a table's reductions        a row, or a share of the groups: guesses, but smaller than a table
-    a table's part read from files             the files' size, where dask.dataframe knows it
-    anything else                              as large as its largest input; without inputs, Dask's default size
+    a table's part read from files             rows and columns as the files count them, else the files' size
+    anything else                              nearly as large as its largest input; without inputs, Dask's default size
 
-The last rule errs on the large side for functions that condense their input (delayed, bag), because their code cannot
-be seen. Arrays of objects count eight bytes per element, as Dask itself counts them.
+The last rule errs on the large side for functions that condense their input (delayed, bag): their code cannot be seen.
+It and all that rests on it are guesses, and said to be. Arrays of objects count eight bytes per element, as in Dask.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ from dask.sizeof import sizeof
 from dask.typing import Key
 from dask.utils import parse_bytes
 
+from meshcompute.tablesizes import read_nbytes, table_nbytes
+
 __all__ = ["estimate_nbytes"]
 
 _NUMBER_NBYTES = 28  # sys.getsizeof of a Python int: what the barrier of a P2P shuffle returns
 _NONE_NBYTES = 16  # sys.getsizeof(None)
 _DICT_NBYTES = {2: 320, 3: 402}  # dask.sizeof of a dict with so many empty arrays, as mean and var hand on
+# Functions that nobody knows condense more often than they inflate: of links in a chain that would otherwise count the
+# same, the last one is cut.
+_SHRINKING = 1 - 2**-13
 _COUNT_NBYTES = 8  # an int64 or a float64 per element
-# What is left of a table: a row (the size is a guess, its columns are not known here), or groups (a guess too).
-_ROW_NBYTES = 256
-_SHARE_OF_GROUPS = 0.1
-_ROW_REDUCTIONS = {"All", "Any", "Count", "Len", "Max", "Min", "NBytes", "Prod", "Size", "Sum"}
 
 # Functions of dask.array, numpy and dask._task_spec, by name.
 _CONCATENATIONS = {"_concatenate2", "concatenate", "concatenate3", "concatenate_arrays", "concatenate_shaped"}
@@ -53,7 +54,9 @@ _STORINGS = {"store_chunk", "load_store_chunk"}
 _SLICINGS = {"getitem", "_getitem", "getter", "getter_nofancy", "getter_inline"}
 
 
-def estimate_nbytes(dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer]) -> dict[Key, float]:
+def estimate_nbytes(
+    dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer], guessed: set[Key] | None = None
+) -> dict[Key, float]:
     """Estimate how many bytes each task's value will have.
 
     Parameters
@@ -62,13 +65,15 @@ def estimate_nbytes(dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer]) -
         The graph that will run: nodes of ``dask._task_spec``, fused or not.
     layers
         The layers that the graph was made of, by name, before it was optimised: they know chunks and dtypes.
+    guessed
+        Gets the keys added whose estimate rests on a rule of thumb.
 
     Returns
     -------
     dict
         Bytes by key, for every key of the graph.
     """
-    return _Estimate(dsk, layers).sizes
+    return _Estimate(dsk, layers, set() if guessed is None else guessed).sizes
 
 
 class _Blocks:
@@ -213,12 +218,7 @@ def _dask_array_name(function: Any) -> str:
 def _content(
     name: str, options: dict[str, Any], itemsize: float, sample: Any, layers: Mapping[str, Layer]
 ) -> tuple[float, float]:
-    """Return bytes per element and per block of what a step of a reduction hands on.
-
-    References
-    ----------
-    dask/array/reductions.py, dask/array/chunk.py.
-    """
+    """Return bytes per element and per block of what a step of a reduction hands on (dask/array/reductions.py)."""
     if name == "mean_chunk":
         # {n, total}; counts of an array without missing values are one number, repeated
         counts = getattr(options.get("numel"), "__name__", "numel") != "numel"
@@ -266,14 +266,14 @@ def _first_input(sample: Any, layers: Mapping[str, Layer]) -> str:
 class _Estimate:
     """Sizes of one graph; what needs its inputs' sizes first is put off until they are there."""
 
-    def __init__(self, dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer]) -> None:
-        self.dsk = dsk
-        self.layers = layers
+    def __init__(self, dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer], guessed: set[Key]) -> None:
+        self.dsk, self.layers, self.guessed = dsk, layers, guessed
         self.default = float(parse_bytes(dask.config.get("distributed.scheduler.default-data-size", "1kiB")))
         self.blocks_by_name: dict[Any, _Blocks | None] = {}
         self.shapes: dict[Key, tuple[tuple[float, ...], float]] = {}
         self.readers: Counter[Key] | None = None
         self.sizes: dict[Key, float] = {}
+        self.is_guess = False
         self._estimate()
 
     def _estimate(self) -> None:
@@ -317,7 +317,10 @@ class _Estimate:
                     if missing:
                         stack.extend(missing)
                         continue
+                self.is_guess = not self.guessed.isdisjoint(node.dependencies)
                 sizes[current] = self._computed(current, node)
+                if self.is_guess:
+                    self.guessed.add(current)
             stack.pop()
 
     def _computed(self, key: Key, node: GraphNode) -> float:
@@ -348,6 +351,7 @@ class _Estimate:
                 continue
             nbytes = _literal_nbytes(node.value) if isinstance(node, DataNode) else self._block_nbytes(step)
             if nbytes is not None:
+                self.is_guess = False
                 break
             if not isinstance(node, Task):
                 nbytes = self.sizes.get(step, self.default)
@@ -384,13 +388,15 @@ class _Estimate:
             return _NONE_NBYTES
         if not inputs:
             return self._root(key, task)
-        if (nbytes := _condensed(function, max(inputs))) is not None:
-            return nbytes
+        if (found := table_nbytes(function, inputs)) is not None:
+            self.is_guess |= found[1]
+            return found[0]
         if name in _CONCATENATIONS or name in _CONTAINERS or (isinstance(key, str) and key.startswith("finalize-")):
             return sum(inputs)
         if _is_carry(key):
             return min(inputs)  # the carry before it, plus a slice of a block
-        return max(inputs)
+        self.is_guess = True
+        return max(inputs) * _SHRINKING
 
     def _sliced(self, key: Key, task: Task) -> float | None:
         """Return the size of a slice of a block whose shape is known."""
@@ -435,36 +441,12 @@ class _Estimate:
         ):
             shape = dict(zip(task.args[-1].args[::2], task.args[-1].args[1::2], strict=False)).get("shape", ())
             return float(blocks.itemsize * math.prod(shape))
-        literals = [
-            a for a in (*task.args, *task.kwargs.values()) if hasattr(a, "nbytes") or hasattr(a, "memory_usage")
-        ]
-        if literals:
-            return max([_literal_nbytes(value) for value in literals])
-        return _file_nbytes(task) or self.default
-
-
-def _file_nbytes(value: Any, depth: int = 4) -> float:
-    """Sum up the sizes of the files that a task reads, where dask.dataframe's descriptions of them tell."""
-    if isinstance(value, Task):
-        value = (*value.args, *value.kwargs.values())
-    if isinstance(value, list | tuple):
-        return sum([_file_nbytes(part, depth - 1) for part in value[:100]]) if depth else 0.0
-    size = getattr(value, "_file_size", None)
-    return float(size) if isinstance(size, int) else 0.0
-
-
-def _condensed(function: Any, nbytes: float) -> float | None:
-    """Return the size of a part of a table after a reduction's first step, None for other functions."""
-    # See dask/dataframe: dask_expr/_reductions.py, groupby.py, dask_expr/_groupby.py.
-    module = getattr(function, "__module__", None) or ""
-    if module == "dask.dataframe.dask_expr._reductions":
-        reduction = getattr(getattr(function, "__self__", None), "__name__", "")
-        return min(_ROW_NBYTES, nbytes) if reduction in _ROW_REDUCTIONS else None
-    name = getattr(function, "__name__", "")
-    is_step = "chunk" in name or name == "_groupby_apply_funcs"
-    if is_step and module.startswith("dask.dataframe") and "groupby" in module:
-        return _SHARE_OF_GROUPS * nbytes
-    return None
+        given = (*task.args, *task.kwargs.values())
+        if literals := [_literal_nbytes(a) for a in given if hasattr(a, "nbytes") or hasattr(a, "memory_usage")]:
+            return max(literals)
+        nbytes, is_counted = read_nbytes(task)
+        self.is_guess = not is_counted
+        return nbytes or self.default
 
 
 def _is_carry(key: Any) -> TypeGuard[tuple[Any, ...]]:

@@ -51,7 +51,8 @@ def open_dataframe(
     Returns
     -------
     dask.dataframe.DataFrame
-        Lazy, with its loading tasks pinned to the site. Only the schema and the names of files have been read.
+        Lazy, with its loading tasks pinned to the site. Only the schema, the names of files and what they say of
+        their rows have been read, by the site.
 
     Raises
     ------
@@ -76,8 +77,8 @@ def open_dataframe(
     call = SiteCall(describe_table, where, storage_options, filters, int(split_row_groups))
     description = call_at("open_dataframe", sites, call, str(where))
     token = tokenize(sites, where, description["version"], str(filters), int(split_row_groups))
-    reader = TableReader(f"{where} at {' or '.join(sites)}", filters, token)
-    pieces = [_Piece(piece) for piece in description["pieces"]]
+    reader = TableReader(f"{where} at {' or '.join(sites)}", filters, token, description["row_nbytes"])
+    pieces = [(_Piece(piece), rows) for piece, rows in zip(description["pieces"], description["rows"], strict=True)]
     with pool(*sites):
         frame = dataframe.from_map(_ReadTable(reader), pieces, meta=description["meta"], label="read-parquet")
         return frame if columns is None else frame[list(columns)]
@@ -92,7 +93,10 @@ class _ReadTable:
     def __repr__(self) -> str:
         return repr(self.reader)
 
-    def __call__(self, piece: bytes, columns: list[str] | None = None) -> Any:
+    def estimated_nbytes(self, piece: tuple[bytes, int], columns: list[str] | None = None) -> float:
+        return self.reader.estimated_nbytes(piece, columns)
+
+    def __call__(self, piece: tuple[bytes, int], columns: list[str] | None = None) -> Any:
         # Only Dask's synchronous and threaded schedulers come here: they run in this process, which has no file.
         return self.reader(piece, columns)
 

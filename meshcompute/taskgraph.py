@@ -16,12 +16,13 @@ to all kinds of collections. A task object is kept by all of them.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import toolz
 from dask._expr import Expr, LLGExpr
-from dask._task_spec import Alias, Task, TaskRef, _execute_subgraph, convert_legacy_graph
+from dask._task_spec import Alias, GraphNode, Task, TaskRef, _execute_subgraph, convert_legacy_graph
 from dask.blockwise import Blockwise
 from dask.core import toposort
 from dask.delayed import Delayed
@@ -29,12 +30,16 @@ from dask.highlevelgraph import HighLevelGraph, Layer, MaterializedLayer
 from dask.typing import Key
 from dask.utils import key_split
 
+from meshcompute.associative import NUMBERS, NUMPY
+from meshcompute.associativetables import are_numbers
 from meshcompute.pinnedtasks import Graph, extract_pins, has_pin, is_copied, pinned
 from meshcompute.pools import ANNOTATION, Pin, pin_of_annotations, split_resources
 
 __all__ = [
     "as_tasks",
     "has_pins",
+    "holds",
+    "inputs_of",
     "layers_of",
     "materialize",
     "name_of",
@@ -110,6 +115,28 @@ def layers_of(expr: Any) -> dict[str, Layer]:
             if isinstance(operand, HighLevelGraph):
                 layers.update(operand.layers)
     return layers
+
+
+def holds(expr: Any, condition: str, name: Any) -> bool:
+    """Tell whether a condition on values is known to hold, from what is known of a graph before it was fused.
+
+    Parameters
+    ----------
+    expr
+        A Dask expression.
+    condition
+        One of :mod:`meshcompute.associative`.
+    name
+        Name of the layer, or of the expression, whose values are meant.
+    """
+    if condition == NUMPY:
+        layer = layers_of(expr).get(name)
+        stated = getattr(layer, "collection_annotations", None) or {}
+        return stated.get("chunk_type") == "numpy.ndarray"
+    meta = next(
+        (node._meta for node in _walk(expr) if type(node).__name__ == "TreeReduce" and node._name == name), None
+    )
+    return condition == NUMBERS and meta is not None and are_numbers(meta)
 
 
 def _mark(hlg: HighLevelGraph) -> HighLevelGraph:
@@ -350,6 +377,10 @@ def shuffles_of(graph: Graph) -> dict[Key, list[Key]]:
             for barrier in task.dependencies & groups.keys():
                 groups[barrier].append(key)
     return groups
+
+
+#: Keys of what a task reads. The public name is a property: 0.1 us for every task of a million.
+inputs_of: Callable[[GraphNode], frozenset[Key]] = operator.attrgetter("_dependencies")
 
 
 def name_of(key: Key) -> str:

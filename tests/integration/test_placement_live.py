@@ -105,13 +105,11 @@ def test_only_graphs_submitted_under_propagate_pools_are_placed(sites: Any) -> N
         plain = other.persist(da.ones((40, 40), chunks=10) + 1)
         other.gather(futures_of(plain))
         sites.client.gather(futures_of(placed))
-        annotated = sites.client.run_on_scheduler(
-            lambda dask_scheduler: {
-                str(ts.key): bool(ts.annotations and ts.annotations.get("pool")) for ts in dask_scheduler.tasks.values()
-            }
+        demands = sites.client.run_on_scheduler(
+            lambda dask_scheduler: {str(key): ts.resource_restrictions for key, ts in dask_scheduler.tasks.items()}
         )
-        assert all(annotated[str(future.key)] for future in futures_of(placed))
-        assert not any(annotated[str(future.key)] for future in futures_of(plain))
+        assert all(set(demands[str(future.key)]) <= {"pool-a", "pool-b"} for future in futures_of(placed))
+        assert not any(demands[str(future.key)] for future in futures_of(plain))
 
 
 def test_the_same_computation_twice_while_its_result_is_held(sites: Any) -> None:

@@ -25,10 +25,15 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_flow
 
-from meshcompute.placement import FREE, ContradictingPinsError, Graph, bytes_between, place
+from meshcompute.placement import FREE, ContradictingPinsError, Graph, bytes_between
+from meshcompute.placement import place as placement_of
 from meshcompute.sizes import estimate_nbytes
 
 SIZES = (0.0, 1.0, 10.0, 100.0, 1000.0)
+
+
+def place(graph: Graph, n_pools: int) -> list[int]:
+    return placement_of(graph, n_pools).pools
 
 
 def total_bytes(graph: Graph, pools: Sequence[int]) -> float:
@@ -435,7 +440,10 @@ def test_workloads_cross_as_few_bytes_as_the_minimum_cut(
 ) -> None:
     graph = graph_of([collection], pool_of_block)
     assert {pin for pin in graph.pins if pin is not None} == {(0,), (1,)}
-    placed, exact = total_bytes(graph, place(graph, 2)), minimum_cut(graph)
+    plan = placement_of(graph, 2)
+    assert plan.is_proved
+    placed, exact = total_bytes(graph, plan.pools), minimum_cut(graph)
+    assert placed == pytest.approx(plan.cost)
     greedy = total_bytes(graph, greedy_plan(graph, 2))
     print(f"{len(graph.nbytes)} tasks: {placed / 1e6:.3f} MB, greedy {greedy / 1e6:.3f}, optimum {exact / 1e6:.3f}")
     # Within the rounding of the exact solver's whole numbers.

@@ -10,15 +10,27 @@ from types import SimpleNamespace
 import distributed
 import pytest
 from distributed import Scheduler
+from distributed.protocol import dumps, loads
 from distributed.stealing import WorkStealing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshcompute import schedulerstate
+from meshcompute import schedulerinternals
 from meshcompute.errors import MeshError, UnknownPoolError, UnmetDemandError
+from meshcompute.pools import Held
 from meshcompute.schedulerextensions import EXTENSIONS
-from meshcompute.schedulerqueue import IdleWorkers, Lanes, PoolQueue, assign_pool, drop_pool, is_pinned, pool_of
-from meshcompute.schedulerstate import PoolScheduler, check_internals
+from meshcompute.schedulerinternals import check_internals
+from meshcompute.schedulerqueue import (
+    IdleWorkers,
+    Lanes,
+    PoolQueue,
+    assign_pool,
+    drop_pool,
+    hold_as_noted,
+    is_pinned,
+    pool_of,
+)
+from meshcompute.schedulerstate import PoolScheduler
 from meshcompute.scheduling import Guard, shuffle_pool
 
 # ---------------------------------------------------------------------- what we rely on in distributed
@@ -63,10 +75,10 @@ def test_every_method_that_we_override_exists_and_is_checked():
         base = extension.__mro__[1]
         for name, method in vars(extension).items():
             assert hasattr(method, "overrides") == (name in dir(base)) or name.startswith("__"), (extension, name)
-    ours = {"pool_transitions", "_parent", "pool_lanes", "pool_counts", "is_pool_expected"}
+    ours = {"pool_transitions", "_parent", "_plan", "pool_lanes", "pool_counts", "pool_sizes", "is_pool_expected"}
     for name, method in vars(PoolScheduler).items():
         if callable(method) and not name.startswith("__") and name not in ours and hasattr(Scheduler, name):
-            assert name in schedulerstate._METHODS, name
+            assert name in schedulerinternals._METHODS, name
 
 
 # ---------------------------------------------------------------------- pools of tasks
@@ -77,16 +89,28 @@ class Task:
 
     def __init__(self, pool: str | None = None, priority: int = 0, *, pinned: bool = True, **demands: float) -> None:
         self.key = self.priority = priority
-        self.annotations = {"pool": {"name": pool, "pinned": pinned}} if pool else None
-        self.resource_restrictions = {f"pool-{pool}": 0, **demands} if pool else demands or None
+        self.annotations: dict | None = None
+        self.resource_restrictions = Held(pool, demands, is_pinned=pinned) if pool else demands or None
 
 
-def test_a_task_has_a_pool_only_where_annotation_and_resource_agree():
-    assert pool_of(Task("a")) == "a"
+def test_a_task_that_came_without_a_plan_has_a_pool_only_where_annotation_and_resource_agree():
     for noted in (None, {}, {"pool": None}, {"pool": "swimming"}, {"pool": {}}, {"pool": {"name": "b"}}):
-        task = Task("a")
-        task.annotations = noted
+        task = Task()
+        task.resource_restrictions, task.annotations = {"pool-a": 0, "GPU": 1}, noted
+        hold_as_noted(task)
         assert pool_of(task) is None
+    for pinned in (True, False):
+        task.annotations = {"pool": {"name": "a", "pinned": pinned}}
+        task.resource_restrictions = {"pool-a": 0, "GPU": 1}
+        hold_as_noted(task)
+        assert pool_of(task) == "a"
+        assert is_pinned(task) is pinned
+        assert task.resource_restrictions == {"pool-a": 0, "GPU": 1}
+
+
+def test_what_a_task_is_held_to_travels_to_workers_as_a_plain_dictionary():
+    message = {"resource_restrictions": Held("a", {"GPU": 1}, is_pinned=True)}
+    assert loads(dumps(message)) == {"resource_restrictions": {"pool-a": 0, "GPU": 1}}
 
 
 def test_a_pool_is_assigned_and_dropped_beside_other_demands_without_touching_shared_ones():

@@ -211,11 +211,12 @@ def test_literal_data_counts_as_what_it_is() -> None:
     assert estimate_nbytes(dsk, {}) == {"data": 8000.0, "alias": 8000.0}
 
 
-def test_a_function_nobody_knows_yields_as_much_as_its_largest_input() -> None:
+def test_a_function_nobody_knows_yields_a_little_less_than_its_largest_input() -> None:
     x = dask.delayed(np.zeros(1000), pure=True)
     result = dask.delayed(max)(dask.delayed(abs)(x, dask_key_name="a"), dask.delayed(len)("x", dask_key_name="b"))
     sizes = estimate_nbytes(plain_graph(result), layers_of(result))
-    assert (sizes["a"], sizes["b"], sizes[result.key]) == (8000.0, DEFAULT_NBYTES, 8000.0)
+    assert sizes["b"] == DEFAULT_NBYTES
+    assert 7900.0 < sizes[result.key] < sizes["a"] < 8000.0
 
 
 def test_parts_of_a_table_are_larger_than_their_sums() -> None:
@@ -305,7 +306,7 @@ def test_unknown_chunks_and_odd_layers_are_no_error() -> None:
     sizes = estimate_nbytes(dsk, {**layers_of(bounded), "w": wild, "odd": odd})
     assert sizes.keys() == dsk.keys()
     assert all(0 <= size < math.inf for size in sizes.values())
-    assert sizes["w", 0] == sizes["odd", 0] == sizes["gone"] == DEFAULT_NBYTES
+    assert sizes["w", 0] == sizes["odd", 0] == DEFAULT_NBYTES == pytest.approx(sizes["gone"], rel=1e-3)
 
 
 def test_a_chain_of_unknown_functions_is_followed_without_recursion() -> None:
@@ -313,9 +314,11 @@ def test_a_chain_of_unknown_functions_is_followed_without_recursion() -> None:
     for i in range(1, 5000):
         dsk[str(i)] = Task(str(i), abs, Alias(str(i - 1)))
     backwards = dict(reversed(dsk.items()))
-    assert set(estimate_nbytes(backwards, {}).values()) == {80.0}
+    sizes = estimate_nbytes(backwards, {})
+    assert all(sizes[str(i)] < sizes[str(i - 1)] for i in range(2, 5000))
+    assert 40.0 < sizes["4999"] < sizes["0"] == 80.0
     (fused,) = [node for node in fuse_linear_task_spec(dsk, {"4999"}).values() if not isinstance(node, Alias)]
-    assert estimate_nbytes({fused.key: fused}, {}) == {fused.key: 80.0}
+    assert estimate_nbytes({fused.key: fused}, {})[fused.key] == pytest.approx(sizes["4999"])
 
 
 def test_estimating_takes_a_few_microseconds_per_task() -> None:

@@ -1,0 +1,138 @@
+"""A hypergraph as flat arrays, and what a plan of it costs.
+
+Covers the record that contraction shrinks and that cuts are made of, and connected components. Needs numpy and scipy.
+Does not cover decisions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
+
+__all__ = ["Core", "attractive", "components"]
+
+Array = np.ndarray[Any, Any]
+
+
+def components(n: int, first: Array, second: Array) -> Array:
+    """Number the connected components of an undirected graph.
+
+    Parameters
+    ----------
+    n
+        How many vertices there are.
+    first, second
+        The two ends of every edge, shape (n_edges,).
+
+    Returns
+    -------
+    ndarray of int
+        Component of every vertex, shape (n,).
+    """
+    ones = np.ones(len(first), dtype=np.int8)
+    graph = csr_matrix((ones, (first, second)), shape=(n, n))
+    return np.asarray(connected_components(graph, directed=False)[1])
+
+
+@dataclass(slots=True, kw_only=True)
+class Core:
+    """A hypergraph whose vertices have no pool yet. k pools, m vertices, n nets, i pairs of a net and a reader.
+
+    Attributes
+    ----------
+    prices
+        What it costs to have a vertex in a pool, beside what its nets cost; infinite where it must not be,
+        shape (m, k).
+    sources
+        Vertex that yields the value of a net, or ``~pool`` where that has been placed, shape (n,).
+    weights
+        Per kind of cost, how much of it a net has: bytes, messages; each of shape (n,).
+    costs
+        Per kind of cost, what one unit costs from pool to pool, shape (k, k), zero on the diagonal.
+    present
+        Bit mask of the pools that hold or get the value anyway, and have been charged for it, shape (n,).
+    nets, readers
+        A net and a vertex that reads it and has no pool yet, each pair once, never the net's source, shape (i,).
+    """
+
+    prices: Array
+    sources: Array
+    weights: list[Array]
+    costs: list[Array]
+    present: Array
+    nets: Array
+    readers: Array
+
+    @property
+    def n_pools(self) -> int:
+        """How many pools there are."""
+        return int(self.prices.shape[1])
+
+    def cost(self, labels: Array) -> float:
+        """Sum up what a choice of pools costs, beyond what has been charged to prices before.
+
+        Parameters
+        ----------
+        labels
+            Pool of every vertex, shape (m,).
+        """
+        total = float(self.prices[np.arange(len(labels)), labels].sum())
+        homes = self.homes(labels)
+        there = labels[self.readers]
+        crossing = (homes[self.nets] != there) & ((self.present[self.nets] >> there) & 1 == 0)
+        pairs = np.unique(self.nets[crossing] * self.n_pools + there[crossing])
+        nets, there = np.divmod(pairs, self.n_pools)
+        return total + float(self.paid(nets, homes[nets], there).sum())
+
+    def homes(self, labels: Array) -> Array:
+        """Tell in which pool each value is, shape (n,).
+
+        Parameters
+        ----------
+        labels
+            Pool of every vertex, shape (m,).
+        """
+        own = self.sources >= 0
+        homes = ~self.sources
+        homes[own] = labels[self.sources[own]]
+        return homes
+
+    def paid(self, nets: Array, homes: Array | int, destinations: Array | int) -> Array:
+        """Tell what nets pay from pools to pools, shape (n,).
+
+        Parameters
+        ----------
+        nets
+            Numbers of nets, or a mask, shape (n,).
+        homes, destinations
+            Pools, one for all or shape (n,).
+        """
+        each = [w[nets] * c[homes, destinations] for w, c in zip(self.weights, self.costs, strict=True)]
+        return np.asarray(np.sum(each, axis=0, dtype=float))
+
+
+def attractive(core: Core) -> Array:
+    """Find the pool that attracts each vertex most: by its prices, and by the values that it reads from there.
+
+    Parameters
+    ----------
+    core
+        The hypergraph.
+
+    Returns
+    -------
+    ndarray of int
+        A pool for every vertex, shape (m,).
+    """
+    m, k = core.prices.shape
+    homes = ~core.sources[core.nets]
+    placed = homes >= 0
+    pull = np.zeros(m * k)
+    for weights, costs in zip(core.weights, core.costs, strict=True):
+        worth = weights[core.nets[placed]] * costs.max(axis=1)[homes[placed]]
+        pull += np.bincount(core.readers[placed] * k + homes[placed], weights=worth, minlength=m * k)
+    return np.asarray(np.argmin(core.prices - pull.reshape(m, k), axis=1))
