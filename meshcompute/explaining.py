@@ -288,6 +288,9 @@ class Plan:
             lines.append("nothing crosses between pools")
         elif self.compression != OFF:
             lines.append(_packing_note(self.compression))
+        if regrouped := self._assignment.regrouped:
+            saved = format_bytes(int(sum(kind.nbytes_saved for kind in regrouped)))
+            lines.append(f"{sum(kind.count for kind in regrouped)} reductions regrouped by pool: {saved} less cross")
         if self.bytes_by_certainty:
             lines.append(self._certainty_note())
         if self.crossings:

@@ -22,6 +22,7 @@ from distributed.utils import offload
 from meshcompute.adapting import Situation, has_drifted, plan_moves
 from meshcompute.links import LinkTable
 from meshcompute.pools import Held, pools_of_resources
+from meshcompute.schedulerextensions import is_barrier
 
 __all__ = ["LOOK_SECONDS", "Adapter"]
 
@@ -104,19 +105,15 @@ class Adapter:
         # In an order that does not depend on hashes: the same situation has the same plan.
         movable.sort(key=lambda ts: str(ts.key))
         index = {ts: i for i, ts in enumerate(movable)}
-        n_movable, dependencies = len(movable), []
-        for i in range(n_movable):
-            neighbours = sorted((*movable[i].dependencies, *movable[i].dependents), key=lambda ts: str(ts.key))
-            for ts in neighbours:
-                if ts not in index:
-                    index[ts] = len(index)
-                    movable.append(ts)
+        for i, ts in enumerate(movable):
+            for neighbour in sorted((*ts.dependencies, *ts.dependents), key=lambda other: str(other.key)):
+                index.setdefault(neighbour, len(index))
             if i % _SLICE == _SLICE - 1:
                 await asyncio.sleep(0)
         held: dict[int, str] = {}
-        nbytes, pools = [], []
-        for i, ts in enumerate(movable):
-            options = self._options(ts) if i < n_movable else ()
+        dependencies, nbytes, pools = [], [], []
+        for i, ts in enumerate(index):
+            options = self._options(ts) if i < len(movable) else ()
             is_there = ts.state == "memory"
             dependencies.append([] if is_there else sorted(index[dep] for dep in ts.dependencies if dep in index))
             nbytes.append(self._nbytes(ts))
@@ -126,7 +123,7 @@ class Adapter:
             if i % _SLICE == _SLICE - 1:
                 await asyncio.sleep(0)
         return Situation(
-            keys=[ts.key for ts in movable], dependencies=dependencies, nbytes=nbytes, pools=pools, movable=held
+            keys=[ts.key for ts in index], dependencies=dependencies, nbytes=nbytes, pools=pools, movable=held
         )
 
     def _options(self, ts: Any) -> tuple[str, ...]:
@@ -134,6 +131,8 @@ class Adapter:
         held = ts.resource_restrictions
         if type(held) is not Held or ts.state not in _UNSTARTED or ts.worker_restrictions or ts.host_restrictions:
             return ()
+        if is_barrier(ts) or any(is_barrier(dep) for dep in ts.dependencies):
+            return ()  # a P2P shuffle delivers into one pool, which was settled when the graph came
         if not held.is_pinned:
             return self._pools
         return tuple([pool for pool in held.replicas if pool in self._pools])

@@ -27,6 +27,7 @@ from meshcompute import planning
 from meshcompute.associative import FAMILIES, loaded
 from meshcompute.associativetables import BAGS, TABLES
 from meshcompute.clients import pool
+from meshcompute.explaining import Plan
 from meshcompute.live import EmptyView
 from meshcompute.planning import Assignment, Request
 from meshcompute.reductionsteps import Reader
@@ -520,6 +521,12 @@ def test_calls_of_delayed_functions_are_left_as_they_are() -> None:
         with pool("ab"[i % 2]):
             values.append(dask.delayed(float)(i))
     assert not both(total([total(values[:4]), total(values[4:])])).names
+
+
+def test_explain_says_how_many_reductions_were_regrouped() -> None:
+    x = both(series(blocks_of(), "ab").sum(0))
+    assert "1 reductions regrouped by pool" in str(Plan(x.regrouped))
+    assert "regrouped" not in str(Plan(x.given))
 
 
 def test_the_setting_switches_it_off() -> None:
