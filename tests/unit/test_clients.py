@@ -58,7 +58,8 @@ def test_settings_are_read_when_they_are_used() -> None:
     assert setting_seconds("missing-pool-timeout") == 30
     with dask.config.set({"meshcompute.missing-pool-timeout": "2 minutes"}):
         assert setting_seconds("missing-pool-timeout") == 120
-    assert set(DEFAULTS) == {"compression", "propagate", "missing-pool-timeout", "regroup-reductions"}
+    names = {"compression", "links", "missing-pool-timeout", "objective", "propagate", "regroup-reductions"}
+    assert set(DEFAULTS) == names
 
 
 def test_without_a_cluster_pinned_arrays_compute_locally_as_dask_does() -> None:
