@@ -364,7 +364,7 @@ def measure_all(options: argparse.Namespace, name: str, data: Path) -> tuple[lis
                             floor = bench.floor(addresses)
                         rows.append(bench.measure(number, addresses))
                         say(f"  {rows[-1]}")
-    return rows, floor
+    return sorted(rows, key=lambda row: row.number), floor
 
 
 def main() -> int:
