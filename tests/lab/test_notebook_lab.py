@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,6 +46,10 @@ def test_it_runs_from_boot_to_plot(bench: LabBench) -> None:
     text = "".join("".join(output["text"]) for output in outputs if output["output_type"] == "stream")
     assert "ecmwf-1-0     tcp://[fda5:c0ff:eeee:1::11]:" in text
     assert "No such file or directory" in text  # without pools
+    copied, sent = (
+        float(re.search(rf"{way} .* ([\d.]+) MiB", text)[1]) for way in ("copy_then_compute", "at_the_data")
+    )
+    assert sent < copied / 5
     assert "everything is taken down" in text
     assert "no cluster of yours runs on this host" in text
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 3
