@@ -6,10 +6,6 @@ threads of the workers are busy, so that the scheduler takes the graph in, queue
 the CPU seconds of the client's and the scheduler's process are read from the kernel before and after. Machines drift:
 figures are medians of differences between neighbours, never of runs far apart, and the spread stands beside them.
 
-Where the time goes (``propagate_pools()``, microseconds per task, one core): pins found and taken off 3, sizes 2,
-reductions recognised 3, tasks numbered 2, the solver 5, relays and what tasks are held to 2. All of that is in the
-scheduler's thread for graphs; on its event loop, a look-up per task, and one transition fewer than stock.
-
 Run it in an environment with meshcompute installed: ``python scripts/benchmarks/overhead.py --check``
 """
 
