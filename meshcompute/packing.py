@@ -243,11 +243,7 @@ def choose(trials: Iterable[Trial], bytes_per_second: float) -> Trial | None:
     def seconds(trial: Trial) -> float:  # of the time that the plain bytes take
         return trial.ratio + trial.seconds_per_byte * bytes_per_second
 
-    usable = [trial for trial in trials if trial.ratio <= 1 - MIN_SAVED]
-    soonest = min(map(seconds, usable), default=inf)
-    # A tenth is within the error of sample and speed: of those, the one that leaves more of the link to others.
-    near = (trial for trial in usable if seconds(trial) <= (1 + MIN_SAVED) * soonest)
-    best = min(near, key=lambda trial: trial.ratio, default=None)
+    best = min((trial for trial in trials if trial.ratio <= 1 - MIN_SAVED), key=seconds, default=None)
     return best if best is not None and seconds(best) <= 1 - MIN_SAVED else None
 
 
