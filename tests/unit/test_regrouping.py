@@ -258,11 +258,16 @@ ADVERSE: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::numpy.exceptions.ComplexWarning")
-@pytest.mark.parametrize("reduce", ["sum", "prod", "mean", "var", "std", "min", "max"])
-@pytest.mark.parametrize("name", ADVERSE)
+@pytest.mark.parametrize(
+    ("name", "reduce"),
+    [
+        (name, reduce)
+        for name in ADVERSE
+        for reduce in ("sum", "prod", "mean", "var", "std", "min", "max")
+        if (name, reduce) != ("huge range", "prod")  # overflows or not, as the order is
+    ],
+)
 def test_adverse_values_come_out_as_numpy_has_them(name: str, reduce: str) -> None:
-    if (name, reduce) == ("huge range", "prod"):
-        pytest.skip("a product overflows or not, as the order is")
     rng = np.random.default_rng(1)
     blocks = [ADVERSE[name](rng, i) for i in range(26)]
     if name == "nothing" and reduce in {"min", "max"}:
