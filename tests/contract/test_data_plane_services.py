@@ -120,7 +120,9 @@ def test_a_second_ensure_leaves_its_connections_and_a_name_that_nobody_knows_har
 
 def test_a_relay_has_no_rights_is_mended_when_killed_and_goes_with_the_gateway(cluster, serve, port):
     address = serve(Service(name=NAME, host="10.99.0.1", port=port))
-    with conversation(cluster.workers[1], address, port) as exchange:  # the kernel takes connections before a relay runs
+    with conversation(
+        cluster.workers[1], address, port
+    ) as exchange:  # the kernel takes connections before a relay runs
         assert exchange() == "True\n"
     (pid,) = relays(cluster.hosts[1])
     said = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":\t" in line)
