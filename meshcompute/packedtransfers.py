@@ -39,6 +39,7 @@ from meshcompute.packing import (
     OFF,
     WIRE_NAME,
     Chooser,
+    Given,
     Links,
     Transfer,
     Trial,
@@ -193,7 +194,7 @@ class PackingComm:
         """Write a message; values in it are packed."""
         self._plain_nbytes = sum(self._packer.sizes(msg).values())
         began = perf_counter()
-        rate = self._packer.rate(self._link, self._round_trip, is_near=self._comm.same_host)
+        rate = self._packer.rate(self._link, self._round_trip, self._plain_nbytes, is_near=self._comm.same_host)
         packed = await self._packer.packed(
             self._comm, msg, serializers=serializers, on_error=on_error, codecs=self._codecs, rate=rate
         )
@@ -223,20 +224,24 @@ class Packer:
         The setting.
     codecs
         Names of the codecs that this process has.
+    given
+        What was said of links.
     """
 
-    def __init__(self, worker: Any, mode: str, codecs: tuple[str, ...]) -> None:
+    def __init__(self, worker: Any, mode: str, codecs: tuple[str, ...], given: tuple[Given, ...] = ()) -> None:
         self.worker = worker
         self.mode = mode
         self.codecs = codecs
-        self.links = Links()
+        self.links = Links(_pools_of(worker), given)
         self._has_failed = False
 
-    def rate(self, link: str, round_trip_seconds: float | None, *, is_near: bool) -> float:
+    def rate(self, link: str, round_trip_seconds: float | None, nbytes: int, *, is_near: bool) -> float:
         """Say for which speed of a link to decide, in bytes per second; 0 where a codec is given by the setting."""
         if self.mode != AUTO:
             return 0.0
-        return float("inf") if is_near else self.links.bytes_per_second(link, round_trip_seconds, perf_counter())
+        if is_near:
+            return float("inf")
+        return self.links.bytes_per_second(link, round_trip_seconds, perf_counter(), nbytes)
 
     def sizes(self, msg: Any) -> dict[Any, int]:
         """Tell the sizes of the values in an answer, in bytes by key."""
@@ -333,10 +338,13 @@ class PackingPlugin(WorkerPlugin):
     ----------
     mode
         The setting ``meshcompute.compression``.
+    given
+        Rates of the setting ``meshcompute.links``.
     """
 
-    def __init__(self, mode: str) -> None:
+    def __init__(self, mode: str, given: tuple[Given, ...] = ()) -> None:
         self.mode = mode
+        self.given = given
         self._undo: Callable[[], None] | None = None
         self._opening: asyncio.Task[None] | None = None
 
@@ -359,7 +367,7 @@ class PackingPlugin(WorkerPlugin):
             codecs = ()
         if not codecs:
             return  # nothing is announced, so that nobody packs for this worker either
-        packer = Packer(worker, self.mode, codecs)
+        packer = Packer(worker, self.mode, codecs, self.given)
         original = worker.handlers["get_data"]
 
         async def get_data(comm: Any, **kwargs: Any) -> Any:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from math import inf
+from math import inf, log2
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ __all__ = [
     "OFF",
     "WIRE_NAME",
     "Chooser",
+    "Given",
     "Links",
     "Transfer",
     "Trial",
@@ -56,6 +57,9 @@ __all__ = [
 ]
 
 AUTO, OFF = "auto", "off"
+#: A link's rate as the setting ``meshcompute.links`` has it: from, to (names of pools, or ``"*"``), bytes per second.
+Given = tuple[str, str, float]
+ANY = "*"
 #: Those of Blosc that are worth a trial: one that packs well, one that is fast.
 CODECS = ("zstd", "lz4")
 #: What the setting ``meshcompute.compression`` may be; a codec's name: that one, however fast the link.
@@ -64,17 +68,19 @@ MODES = (AUTO, OFF, *CODECS)
 WIRE_NAME = "meshcompute-blosc"
 MIN_NBYTES = 32 * 1024  # two round trips of a fresh TCP connection: packing cannot save one of them
 MIN_SAVED = 0.1  # of the bytes, and of the time: less is within the error of a sample
+_SAME = 0.1  # of the time: codecs that differ by less are as quick, and the one that sends less leaves room for others
 _OWN_TRIAL_NBYTES = 1024 * 1024  # below, a trial costs as much as packing
 _LEVEL = 1  # higher ones halve the speed for a few percent
 _SHUFFLES = (1, 2)  # by bytes, by bits
 _SAMPLES, _SAMPLE_NBYTES = 4, 16 * 1024
+_ROUNDS = 2  # the first pays for memory and tables that a codec sets up, zstd's most: on 64 kB that may be all one sees
 _FORMATS = {2: "H", 4: "I", 8: "Q"}  # by bytes of an element; only the width counts
 _BLOSC_NBYTES = slice(4, 8)  # of a packed frame: its size unpacked, little-endian (Blosc 1, README_HEADER)
 
-# What one connection moves between sites before anybody has measured it. 5 MB over a fresh TCP connection with 20 ms
-# round trip take 8.4 round trips of slow start (10 segments, RFC 6928, then twice as many each time) = 28 MB/s, however
-# fast the link is.
-_UNMEASURED_BYTES_PER_SECOND = 25e6
+# A link that nobody has measured is taken for as fast as a fresh TCP connection can be, however fast the link is: 10
+# segments at first, then twice as many each round trip (RFC 6928, RFC 5681). 5 MB at 20 ms: 8.4 round trips, 30 MB/s.
+_FIRST_WINDOW_NBYTES = 14_600
+_UNMEASURED_BYTES_PER_SECOND = 100e6  # and never faster than what distributed takes any connection to have
 _FAR_SECONDS = 0.001  # round trip: a shorter one is a machine or a room, and fast until measured
 _MEASURED_FROM_NBYTES = 256 * 1024  # less tells of round trips, not of bandwidth
 _MEASUREMENTS = 8  # the fastest of so many decides
@@ -152,9 +158,20 @@ def mode_of(value: Any) -> str:
 
 
 class Links:
-    """How fast the links from one worker have been in the last minute."""
+    """How fast the links from one worker have been in the last minute.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    pools
+        Where the worker is.
+    given
+        What was said of links, for those that have not been measured: see :data:`Given`.
+    """
+
+    def __init__(self, pools: Iterable[str] = (), given: Iterable[Given] = ()) -> None:
+        here = {ANY, *pools}
+        # What was said last counts first.
+        self._given = [(to, rate) for source, to, rate in reversed(tuple(given)) if source in here]
         # Of recent transfers: when, bytes written and plain bytes per second; of those that were packed, and not.
         self._transfers: dict[tuple[str, bool], deque[tuple[float, float, float]]] = {}
 
@@ -183,7 +200,9 @@ class Links:
         known = self._transfers.get((link, is_packed), ())
         return [entry for entry in known if entry[0] >= now_seconds - _FRESH_SECONDS]
 
-    def bytes_per_second(self, link: str, round_trip_seconds: float | None, now_seconds: float) -> float:
+    def bytes_per_second(
+        self, link: str, round_trip_seconds: float | None, now_seconds: float, nbytes: float = _MEASURED_FROM_NBYTES
+    ) -> float:
         """Say how fast a link may be.
 
         Parameters
@@ -194,21 +213,28 @@ class Links:
             The connection's shortest; None if unknown.
         now_seconds
             The time, by the clock of :meth:`note`.
+        nbytes
+            Size of the values.
 
         Returns
         -------
         float
-            The fastest recent transfer. Without any, a modest speed for a link between sites, and no limit where both
-            ends seem to be in one place: there the first value goes plain, and is measured. No limit, too, where values
-            that went plain were there sooner than packed ones: on a machine that is short of CPU no forecast holds.
+            The fastest recent transfer. Without any, what was given, or else what a fresh connection can do, or no
+            limit where both ends seem to be in one place: there the first value goes plain, and is measured. No limit,
+            too, where values that went plain were there sooner than packed ones: on a machine that is short of CPU no
+            forecast holds.
         """
         plain, packed = (self._recent(link, is_packed, now_seconds) for is_packed in (False, True))
         if plain and packed and max(entry[2] for entry in plain) > max(entry[2] for entry in packed):
             return inf
         if plain or packed:
             return max(entry[1] for entry in (*plain, *packed))
-        is_far = round_trip_seconds is not None and round_trip_seconds >= _FAR_SECONDS
-        return _UNMEASURED_BYTES_PER_SECOND if is_far else inf
+        there = {ANY, *link.split("+")}
+        given = next((rate for to, rate in self._given if to in there), None)
+        if round_trip_seconds is None or round_trip_seconds < _FAR_SECONDS:
+            return given or inf
+        fresh = nbytes / (round_trip_seconds * log2(1 + nbytes / _FIRST_WINDOW_NBYTES))
+        return min(fresh, given or _UNMEASURED_BYTES_PER_SECOND)
 
 
 def is_worth_a_sample(nbytes: int, bytes_per_second: float) -> bool:
@@ -237,14 +263,17 @@ def choose(trials: Iterable[Trial], bytes_per_second: float) -> Trial | None:
     Returns
     -------
     Trial or None
-        None: plain, because packing would not save a tenth of the time, or of the bytes.
+        None: plain, because packing would not save a tenth of the time, or of the bytes. Of codecs that are as quick,
+        the one that sends less.
     """
 
-    def seconds(trial: Trial) -> float:  # of the time that the plain bytes take
+    def share(trial: Trial) -> float:  # of the time that the plain bytes take
         return trial.ratio + trial.seconds_per_byte * bytes_per_second
 
-    best = min((trial for trial in trials if trial.ratio <= 1 - MIN_SAVED), key=seconds, default=None)
-    return best if best is not None and seconds(best) <= 1 - MIN_SAVED else None
+    paying = [trial for trial in trials if trial.ratio <= 1 - MIN_SAVED and share(trial) <= 1 - MIN_SAVED]
+    least = min(map(share, paying), default=0.0)
+    as_quick = [trial for trial in paying if share(trial) <= (1 + _SAME) * least]
+    return min(as_quick, key=lambda trial: (trial.ratio, share(trial)), default=None)
 
 
 def codecs_here() -> tuple[str, ...]:
@@ -297,10 +326,12 @@ def try_codecs(frame: Any, codecs: Sequence[str]) -> list[Trial]:
     for itemsize in _itemsizes(frame):
         for shuffle in _SHUFFLES if itemsize > 1 else (0,):
             for codec in codecs:
-                began = perf_counter()
-                packed = pack(sample, Trial(codec, shuffle, itemsize, 1.0, 0.0))
-                unpack(packed)
-                seconds = perf_counter() - began
+                seconds = inf
+                for _ in range(_ROUNDS):
+                    began = perf_counter()
+                    packed = pack(sample, Trial(codec, shuffle, itemsize, 1.0, 0.0))
+                    unpack(packed)
+                    seconds = min(seconds, perf_counter() - began)
                 trials.append(Trial(codec, shuffle, itemsize, len(packed) / len(sample), seconds / len(sample)))
     return trials
 

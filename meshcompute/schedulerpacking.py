@@ -17,7 +17,7 @@ from distributed.protocol.pickle import dumps
 from distributed.protocol.serialize import Serialized
 
 from meshcompute.packedtransfers import PLUGIN_NAME, PackingPlugin, announce, prepare_unpacking, withdraw
-from meshcompute.packing import OFF, WIRE_NAME, mode_of, unpack
+from meshcompute.packing import OFF, WIRE_NAME, Given, mode_of, unpack
 from meshcompute.settings import setting
 from meshcompute.shipping import by_value
 
@@ -28,20 +28,22 @@ logger = logging.getLogger(__name__)
 #: The scheduler's side of a link.
 CLIENT = "client"
 _STATE = "_meshcompute_packing"
+#: What workers are told: the mode, and rates of links.
+_Told = tuple[str, tuple[Given, ...]]
 
 
 class _State:
     """What is applied on one scheduler."""
 
     def __init__(self) -> None:
-        self.wanted: str | None = None
-        self.present: str | None = OFF  # workers have no plugin; None: they were told in part
+        self.wanted: _Told | None = None
+        self.present: _Told | None = (OFF, ())  # workers have no plugin; None: they were told in part
         self.lock = asyncio.Lock()
         self.gather: Any = None
 
 
 def apply_mode(scheduler: Any, mode: str | None) -> None:
-    """Let all workers of a scheduler pack as a setting says, on its event loop, in the background. Idempotent.
+    """Let all workers of a scheduler pack as the settings say, on its event loop, in the background. Idempotent.
 
     Parameters
     ----------
@@ -55,26 +57,35 @@ def apply_mode(scheduler: Any, mode: str | None) -> None:
     if state is None:
         state = _State()
         setattr(scheduler, _STATE, state)
-    wanted = mode if mode is not None else state.wanted or mode_of(setting("compression"))
+    if mode is None:
+        mode = state.wanted[0] if state.wanted else mode_of(setting("compression"))
+    wanted = mode, _given(scheduler) if mode != OFF else ()
     if wanted != state.wanted:
         state.wanted = wanted
         scheduler._ongoing_background_tasks.call_soon(_apply, scheduler, state)
 
 
+def _given(scheduler: Any) -> tuple[Given, ...]:
+    """Rates of links that were given: a worker that has not measured a link yet decides by them."""
+    said = [(link.source, link.destination, link.bandwidth_bytes_per_second) for link in scheduler.pool_links.given]
+    return tuple([(source, destination, rate) for source, destination, rate in said if rate])
+
+
 async def _apply(scheduler: Any, state: _State) -> None:
     async with state.lock:
-        mode = state.wanted
-        if mode is None or mode == state.present:
+        wanted = state.wanted
+        if wanted is None or wanted == state.present:
             return
+        mode, given = wanted
         try:
             await scheduler.register_worker_plugin(
-                None, plugin=_by_value(PackingPlugin(mode)), name=PLUGIN_NAME, idempotent=False
+                None, plugin=_by_value(PackingPlugin(mode, given)), name=PLUGIN_NAME, idempotent=False
             )
             if mode == OFF:
                 withdraw(scheduler)
             else:
                 await _accept(scheduler, state)
-            state.present = mode
+            state.present = wanted
         except Exception:
             logger.exception("Not all workers could be told how to pack values. compression=%s", mode)
             state.wanted = state.present = None  # the next graph tries again

@@ -258,6 +258,19 @@ def test_work_of_a_client_that_says_nothing_leaves_the_setting_alone(packed: Any
     assert set(modes.values()) == {"zstd"}
 
 
+def test_workers_are_told_what_was_said_of_links_and_forget_what_is_taken_back(packed: Any) -> None:
+    def given() -> set[Any]:
+        return set(packed.client.run(lambda dask_worker: dask_worker.plugins["meshcompute-packing"].given).values())
+
+    for links, told in (
+        ([{"from": "a", "to": "b", "bandwidth": "4 MB/s"}, {"from": "b", "to": "a", "cost": 1}], (("a", "b", 4e6),)),
+        ([], ()),
+    ):
+        with dask.config.set({"meshcompute.links": links}):
+            assert cross(packed.client, 22)  # whatever comes next brings the news
+        wait_until(lambda told=told: given() == {told}, f"the workers know {told}", PATIENCE_SECONDS)
+
+
 def test_a_codec_that_fails_costs_one_line_in_the_log_and_nothing_else(packed: Any) -> None:
     def breaks(dask_worker: Any) -> None:
         from numcodecs import blosc

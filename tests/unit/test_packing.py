@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,6 +106,47 @@ def test_where_plain_values_were_there_sooner_than_packed_ones_values_go_plain_f
 def test_before_it_is_measured_a_far_link_is_taken_for_modest_and_a_near_one_for_fast() -> None:
     assert choose([ZSTD, LZ4], Links().bytes_per_second("b", 0.020, 0.0)) is ZSTD
     assert choose([ZSTD, LZ4], Links().bytes_per_second("b", 0.0001, 0.0)) is None
+
+
+def test_the_farther_an_unmeasured_link_the_slower_a_fresh_connection() -> None:
+    """5 MB: 8.4 round trips of slow start; never faster than what distributed takes any connection to have."""
+    rates = [Links().bytes_per_second("b", seconds, 0.0, 5_000_000) for seconds in (0.002, 0.02, 0.1)]
+    assert rates == pytest.approx([100 * MB, 29.7 * MB, 5.9 * MB], rel=0.01)
+    assert Links().bytes_per_second("b", 0.02, 0.0, 500_000) == pytest.approx(4.9 * MB, rel=0.01)
+
+
+def test_before_it_is_measured_a_link_is_no_faster_than_was_said() -> None:
+    links = Links(["a"], [("a", "*", 8 * MB), ("a", "b", 4 * MB), ("c", "b", 1 * MB), ("*", "client", 2 * MB)])
+    assert links.bytes_per_second("b", 0.02, 0.0, 5_000_000) == 4 * MB
+    assert links.bytes_per_second("c", 0.02, 0.0, 5_000_000) == 8 * MB
+    assert links.bytes_per_second("client", None, 0.0) == 2 * MB
+    assert Links(["a"], [("a", "b", 1e10)]).bytes_per_second("b", 0.02, 0.0, 5_000_000) < 30 * MB
+    links.note("b", sent(1.0, 20_000_000), 0.0)
+    assert links.bytes_per_second("b", 0.02, 1.0) == 20 * MB
+
+
+def test_of_codecs_that_are_as_quick_the_one_that_sends_less_is_chosen() -> None:
+    less, sooner = ZSTD._replace(ratio=0.47, seconds_per_byte=4e-9), LZ4._replace(ratio=0.55, seconds_per_byte=1e-9)
+    assert choose([less, sooner], 30 * MB) is less  # 0.59 and 0.58 of the time
+    assert choose([less, sooner], 60 * MB) is sooner  # 0.71 and 0.61
+    almost = less._replace(ratio=0.4, seconds_per_byte=18e-9)
+    assert choose([almost, sooner._replace(ratio=0.85, seconds_per_byte=0.0)], 30 * MB).ratio == 0.85  # 0.94: no gain
+
+
+def test_what_a_codec_sets_up_at_first_is_not_taken_for_its_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    used, pack = set(), packing.pack
+
+    def with_set_up(frame: Any, how: Trial) -> bytes:
+        if (how.codec, how.shuffle) not in used:
+            used.add((how.codec, how.shuffle))
+            time.sleep(0.5)
+        return pack(frame, how)
+
+    monkeypatch.setattr(packing, "pack", with_set_up)
+    frame = memoryview(smooth().ravel())
+    trials = packing.try_codecs(frame, ["zstd", "lz4"])
+    assert len(used) == 4
+    assert all(trial.seconds_per_byte * len(packing.sample_of(frame)) < 0.5 for trial in trials)
 
 
 def test_small_values_and_fast_links_are_not_worth_a_sample() -> None:
