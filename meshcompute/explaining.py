@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dask._expr import FinalizeCompute
+from dask._task_spec import Alias
 from dask.base import collections_to_expr, is_dask_collection
 from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
@@ -168,6 +169,8 @@ class Plan:
         """
         assignment = self._assignment
         key = assignment.relays.get(key, key)
+        while key not in assignment.measured and isinstance(task := assignment.tasks.get(key), Alias):
+            key = task.target
         if key in assignment.measured:
             return Sure.MEASURED
         if group_of(key) in assignment.learnt:

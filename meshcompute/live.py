@@ -61,8 +61,8 @@ class View(Protocol):
     def known(self, key: Key) -> Known | None:
         """Tell what is known about a task, None if nothing."""
 
-    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
-        """Tell the mean measured sizes of those kinds of tasks that have run before."""
+    def learnt(self, kind_by_group: Mapping[str, Kind]) -> Mapping[str, float]:
+        """Tell the mean measured sizes, by group, of those that have run before, they themselves or their kind."""
 
     def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
         """Note which groups of tasks will run, to learn their sizes."""
@@ -95,7 +95,7 @@ class EmptyView:
         """Know nothing."""
         return None
 
-    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
+    def learnt(self, kind_by_group: Mapping[str, Kind]) -> Mapping[str, float]:
         """Have learnt nothing."""
         return {}
 
@@ -159,9 +159,9 @@ class SchedulerView:
         stays = getattr(ts.resource_restrictions, "stays", ())
         return Known(nbytes=nbytes, pools=pools, task=ts.run_spec, stays=stays)
 
-    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
-        """Tell the mean measured sizes of those kinds of tasks that have run before."""
-        found: dict[Kind, float] = self._scheduler.pool_sizes.learnt(kinds)
+    def learnt(self, kind_by_group: Mapping[str, Kind]) -> Mapping[str, float]:
+        """Tell the mean measured sizes, by group, of those that have run before, they themselves or their kind."""
+        found: dict[str, float] = self._scheduler.pool_sizes.learnt(kind_by_group)
         return found
 
     def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
@@ -240,10 +240,12 @@ class ClientView:
         holders = {pool for address in addresses for pool in self._pools.get(address, ())}
         return Known(nbytes=float(nbytes), pools=tuple(sorted(holders)), stays=tuple(stays))
 
-    def learnt(self, kinds: Iterable[Kind]) -> Mapping[Kind, float]:
-        """Ask for the mean measured sizes of those kinds of tasks that have run before."""
-        found = self._ask(kinds=[tuple(kind) for kind in kinds])["learnt"]
-        return {Kind(*kind): nbytes for kind, nbytes in found.items()}
+    def learnt(self, kind_by_group: Mapping[str, Kind]) -> Mapping[str, float]:
+        """Ask for the mean measured sizes, by group, of those that have run before, they themselves or their kind."""
+        found: dict[str, float] = self._ask(kinds={group: tuple(kind) for group, kind in kind_by_group.items()})[
+            "learnt"
+        ]
+        return found
 
     def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
         """Expect nothing: what is explained does not run."""
@@ -268,7 +270,7 @@ class ClientView:
 
 def answer_view(
     keys: Iterable[Key] = (),
-    kinds: Iterable[tuple[Any, ...]] = (),
+    kinds: Mapping[str, tuple[Any, ...]] | None = None,
     names: Iterable[str] = (),
     dask_scheduler: Any = None,
 ) -> Any:
@@ -279,7 +281,7 @@ def answer_view(
     keys
         Keys of which size and holders are wanted, where they are in memory.
     kinds
-        Kinds of tasks of which the mean measured size is wanted, as plain tuples.
+        Groups of tasks of which the mean measured size is wanted: their kinds, as plain tuples, by name.
     names
         Kinds of tasks, as the dashboard names them, of which the mean duration is wanted.
     dask_scheduler
@@ -289,7 +291,7 @@ def answer_view(
     -------
     dict
         ``resources``: names by address of worker, ``nthreads`` likewise; ``held``: (bytes, holders' addresses, pools
-        not to leave) by key; ``learnt``: bytes by kind; ``durations``: seconds by kind, -1 where unknown; ``links``:
+        not to leave) by key; ``learnt``: bytes by group; ``durations``: seconds by kind, -1 where unknown; ``links``:
         what was given, and ``rates``: measured bytes per second by (source, destination).
     """
     book = getattr(dask_scheduler, "pool_sizes", None)
@@ -310,5 +312,5 @@ def answer_view(
             )
             for ts in states
         },
-        "learnt": {} if book is None else {tuple(kind): nbytes for kind, nbytes in book.learnt(kinds).items()},
+        "learnt": {} if book is None else book.learnt(kinds or {}),
     }

@@ -180,10 +180,13 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     links = LinkTable(given=request.links or (), objective=request.objective)
     shuffles = taskgraph.shuffles_of(tasks)
     if request.is_propagating or shuffles or any(len(pin.pools) > 1 for pin in pins.values()):
-        nbytes = estimate_nbytes(tasks, layers, guessed)
-        kinds = learning.kinds_of(tasks, nbytes)
-        senders = {key: tasks[key].dependencies for barrier in shuffles for key in tasks[barrier].dependencies}
-        learnt = learning.correct(nbytes, kinds, view.learnt(kinds.values()), senders)
+        measured = {key: seen.nbytes for key, seen in known.items() if seen.is_in_memory}
+        nbytes = estimate_nbytes(tasks, layers, guessed, measured)
+        kinds = learning.kinds_of(tasks, nbytes, {key for barrier in shuffles for key in tasks[barrier].dependencies})
+        corrected, learnt = learning.correct(nbytes, kinds, view.learnt(kinds))
+        if corrected:
+            guessed.clear()
+            nbytes = estimate_nbytes(tasks, layers, guessed, {**corrected, **measured})
         view.expect(kinds)
         nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
         if request.is_propagating and request.is_regrouping and not stays:

@@ -220,9 +220,7 @@ class PoolScheduler(BorderScheduler):
 
     @or_stock(None)
     def _count_finished(self, ts: Any, worker: str | None, nbytes: int) -> None:
-        if (record := self.pool_sizes.groups.get(ts.group.name)) is not None:
-            record[0] += 1
-            record[1] += nbytes
+        self.pool_sizes.ended(ts.group.name, nbytes)
         pool = pool_of(ts)
         if pool is not None and worker in self.workers:
             self.pool_counts["finished"] += 1

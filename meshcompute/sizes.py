@@ -11,7 +11,7 @@ Where an estimate comes from, the first that applies::
     a block of an array layer                  chunk shape times bytes per element; see _Blocks.of
     an alias, a fused task                     what it stands for
     slices, concatenations, finalize           computed from the inputs
-    P2P transfer / barrier / unpack            what it sends / a number / an equal share of what was sent
+    P2P transfer / barrier / unpack            what it sends / a number / an equal share of what went in
     first steps of a table's reductions        a row, or a share of the groups: guesses, but smaller than a table
     a table's part read from files             rows and columns as the files count them, else the files' size
     anything else                              nearly as large as its largest input; without inputs, Dask's default size
@@ -23,7 +23,6 @@ It and all that rests on it are guesses, and said to be. Arrays of objects count
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
@@ -35,7 +34,7 @@ from dask.sizeof import sizeof
 from dask.typing import Key
 from dask.utils import parse_bytes
 
-from meshcompute.tablesizes import read_nbytes, table_nbytes
+from meshcompute.tablesizes import Shuffles, is_table_sender, read_nbytes, table_nbytes
 
 __all__ = ["estimate_nbytes"]
 
@@ -55,7 +54,10 @@ _SLICINGS = {"getitem", "_getitem", "getter", "getter_nofancy", "getter_inline"}
 
 
 def estimate_nbytes(
-    dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer], guessed: set[Key] | None = None
+    dsk: Mapping[Key, GraphNode],
+    layers: Mapping[str, Layer],
+    guessed: set[Key] | None = None,
+    measured: Mapping[Key, float] | None = None,
 ) -> dict[Key, float]:
     """Estimate how many bytes each task's value will have.
 
@@ -67,13 +69,15 @@ def estimate_nbytes(
         The layers that the graph was made of, by name, before it was optimised: they know chunks and dtypes.
     guessed
         Gets the keys added whose estimate rests on a rule of thumb.
+    measured
+        Bytes by key where one knows better: they stay, and what is made of such values is estimated by them.
 
     Returns
     -------
     dict
-        Bytes by key, for every key of the graph.
+        Bytes by key, for every key of the graph and for those in ``measured``.
     """
-    return _Estimate(dsk, layers, set() if guessed is None else guessed).sizes
+    return _Estimate(dsk, layers, set() if guessed is None else guessed, measured or {}).sizes
 
 
 class _Blocks:
@@ -266,13 +270,19 @@ def _first_input(sample: Any, layers: Mapping[str, Layer]) -> str:
 class _Estimate:
     """Sizes of one graph; what needs its inputs' sizes first is put off until they are there."""
 
-    def __init__(self, dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer], guessed: set[Key]) -> None:
+    def __init__(
+        self,
+        dsk: Mapping[Key, GraphNode],
+        layers: Mapping[str, Layer],
+        guessed: set[Key],
+        measured: Mapping[Key, float],
+    ) -> None:
         self.dsk, self.layers, self.guessed = dsk, layers, guessed
         self.default = float(parse_bytes(dask.config.get("distributed.scheduler.default-data-size", "1kiB")))
         self.blocks_by_name: dict[Any, _Blocks | None] = {}
         self.shapes: dict[Key, tuple[tuple[float, ...], float]] = {}
-        self.readers: Counter[Key] | None = None
-        self.sizes: dict[Key, float] = {}
+        self.shuffles: Shuffles | None = None
+        self.sizes: dict[Key, float] = dict(measured)
         self.is_guess = False
         self._estimate()
 
@@ -280,6 +290,8 @@ class _Estimate:
         sizes, blocks_by_name = self.sizes, self.blocks_by_name
         pending: list[Key] = []
         for key, node in self.dsk.items():
+            if key in sizes:
+                continue
             kind = type(node)
             if kind is DataNode:
                 sizes[key] = _literal_nbytes(node.value)
@@ -382,8 +394,9 @@ class _Estimate:
         name = getattr(function, "__name__", "")
         if name in _SLICINGS and (nbytes := self._sliced(key, task)) is not None:
             return nbytes
-        if (getattr(function, "__module__", None) or "").startswith("distributed.shuffle"):
-            return self._shuffled(name, task, inputs)
+        is_of_shuffle = (getattr(function, "__module__", None) or "").startswith("distributed.shuffle")
+        if is_of_shuffle or is_table_sender(function):
+            return self._shuffled(key, name, task, inputs)
         if name in _STORINGS and not task.kwargs.get("return_stored", False):
             return _NONE_NBYTES
         if not inputs:
@@ -419,18 +432,22 @@ class _Estimate:
         self.shapes[key] = sliced, itemsize
         return nbytes
 
-    def _shuffled(self, name: str, task: Task, inputs: Sequence[float]) -> float:
+    def _shuffled(self, key: Key, name: str, task: Task, inputs: Sequence[float]) -> float:
         """Return what a task of a P2P shuffle sends (a transfer, by itself) or returns (the others)."""
+        if self.shuffles is None:
+            self.shuffles = Shuffles(self.dsk)
         if name.endswith("transfer"):
-            return sum(inputs)
+            return sum(inputs) * self.shuffles.growth_by_sender.get(key, 1.0)
         if not name.endswith("unpack"):
             return _NUMBER_NBYTES
-        if self.readers is None:
-            names = ((getattr(getattr(node, "func", None), "__name__", ""), node) for node in self.dsk.values())
-            self.readers = Counter(b for name, node in names if name.endswith("unpack") for b in node.dependencies)
         barriers = [barrier for barrier in task.dependencies if barrier in self.dsk]
-        sent = ((self.sizes.get(t, self.default), b) for b in barriers for t in self.dsk[b].dependencies)
-        return sum(nbytes / self.readers[barrier] for nbytes, barrier in sent) or self.default
+        self.is_guess |= len(barriers) > 1  # a join: as large as what goes in
+        found = 0.0
+        for barrier in barriers:
+            for sender in self.dsk[barrier].dependencies:
+                nbytes = self.sizes.get(sender, self.default) / self.shuffles.growth_by_sender.get(sender, 1.0)
+                found += nbytes / self.shuffles.readers[barrier]
+        return found or self.default
 
     def _root(self, key: Key, task: Task) -> float:
         """Estimate a task without inputs: as large as the data that it is called with, if any."""

@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from dask._task_spec import Alias, DataNode, GraphNode, Task, convert_legacy_graph, fuse_linear_task_spec
+from dask._task_spec import Alias, DataNode, GraphNode, Task, TaskRef, convert_legacy_graph, fuse_linear_task_spec
 from dask.base import collections_to_expr
 from dask.dataframe.dask_expr.io.parquet import FragmentWrapper
 from dask.highlevelgraph import HighLevelGraph, Layer, MaterializedLayer
@@ -287,6 +287,57 @@ def test_p2p_shuffle_hands_on_equal_shares() -> None:
     assert [sizes["unpack", i] for i in range(4)] == [6000.0] * 4
     assert sizes["transfer", 0] == 8000
     assert sizes["barrier"] == 28
+
+
+def shuffled_tables(kind: str) -> dict[Key, GraphNode]:
+    """Tasks of a join, or of a shuffle, of tables of numbers and texts, with and without an index of their own."""
+    n = 20_000
+    left = pd.DataFrame({"k": np.arange(n) % 997, "v": np.arange(n) * 1.0, "name": [f"n{i}" for i in range(n)]})
+    right = pd.DataFrame({"k": np.arange(n) % 997, "w": np.arange(n) * 1.0}).set_index("w", drop=False)
+    tables = [dd.from_pandas(frame, npartitions=5) for frame in (left, right)]
+    with dask.config.set({"dataframe.shuffle.method": "p2p"}):
+        result = tables[0].merge(tables[1], on="k") if kind == "join" else tables[0][["k", "v"]].shuffle("k")
+        return dict(convert_legacy_graph(result.optimize().__dask_graph__()))
+
+
+@pytest.mark.parametrize("kind", ["join", "shuffle"])
+def test_a_table_on_its_way_through_a_shuffle_has_the_size_of_its_message(kind: str) -> None:
+    arrow = pytest.importorskip("distributed.shuffle._arrow")
+    shuffle = pytest.importorskip("distributed.shuffle._shuffle")
+    dsk = shuffled_tables(kind)
+    sizes = estimate_nbytes(dsk, {})
+    sent: dict[Key, int] = {}
+    for barrier in [node for node in dsk.values() if type(node).__name__ == "P2PBarrierTask"]:
+        spec = barrier.spec  # type: ignore[attr-defined]
+        workers = pd.Series(dict.fromkeys(range(spec.npartitions), "tcp://a"), name="_workers").astype("category")
+        for key in barrier.dependencies:
+            (source,) = dsk[key].dependencies
+            frame = dask.get(dsk, source)
+            if spec.column not in frame:
+                frame = frame.assign(**{spec.column: (frame.k % spec.npartitions).astype("int8")})
+            (table,) = shuffle.split_by_worker(frame, spec.column, spec.meta, workers).values()
+            sent[key] = len(arrow.serialize_table(table))
+    assert len(sent) == (10 if kind == "join" else 5)
+    for key, nbytes in sent.items():
+        assert sizes[key] == pytest.approx(nbytes, rel=0.1)
+    made = [size for key, size in sizes.items() if str(key[0]).startswith(("hashjoin", "p2pshuffle"))]
+    sources = [sizes[source] for key in sent for source in dsk[key].dependencies]
+    assert sum(made) == pytest.approx(sum(sources))
+
+
+def test_what_is_made_of_measured_values_is_estimated_by_them() -> None:
+    dsk: dict[Key, GraphNode] = {
+        "load": Task("load", print),
+        "name": Alias("name", "load"),
+        "made": Task("made", print, TaskRef("name")),
+        "joined": Task("joined", print, TaskRef("made"), TaskRef("elsewhere")),
+    }
+    guessed: set[Key] = set()
+    sizes = estimate_nbytes(dsk, {}, guessed, {"load": 99_000.0, "elsewhere": 500_000.0})
+    assert sizes["load"] == sizes["name"] == 99_000
+    assert sizes["made"] == pytest.approx(99_000, rel=0.01)
+    assert sizes["joined"] == pytest.approx(500_000, rel=0.01)
+    assert guessed == {"made", "joined"}
 
 
 def test_unknown_chunks_and_odd_layers_are_no_error() -> None:
