@@ -35,6 +35,7 @@ __all__ = [
     "KINDS_OF_NUMBERS",
     "NUMBERS",
     "NUMPY",
+    "PART_NBYTES",
     "Family",
     "Reduction",
     "array_families",
@@ -44,6 +45,10 @@ __all__ = [
 
 #: Kinds of dtypes whose sums depend on the order by rounding alone. A sum of objects or texts may do anything.
 KINDS_OF_NUMBERS = "biufcmM"
+
+#: Bytes of a part beside its arrays, by family: dask.sizeof of a dict with so many empty arrays.
+PART_NBYTES = {"mean": 320, "moment": 402}
+_NUMBER_NBYTES = 8
 
 #: What has to be known of the values before a reduction may be regrouped.
 NUMPY = "numpy"  # the blocks are numpy's
@@ -74,6 +79,10 @@ class Reduction:
         What the step calls when its parts come in another order; None: what it calls anyhow.
     condition
         What has to be known of the values: :data:`NUMPY`, :data:`NUMBERS`, or nothing.
+    count_share
+        Share of a part's arrays that counts take up, 0 if it has none.
+    has_equal_counts
+        The counts are one number, repeated, if the blocks are numpy's: nothing is skipped.
     """
 
     family: str
@@ -86,6 +95,19 @@ class Reduction:
     n_levels: int = 1
     final: Callable[..., Any] | None = None
     condition: str = ""
+    count_share: float = 0.0
+    has_equal_counts: bool = False
+
+    def sent_nbytes(self, nbytes: float) -> float:
+        """Return the bytes of a part whose counts are sent as one number.
+
+        Parameters
+        ----------
+        nbytes
+            Its bytes as it is.
+        """
+        arrays = nbytes - PART_NBYTES.get(self.family, 0)
+        return nbytes - arrays * self.count_share + _NUMBER_NBYTES if arrays > 0 else nbytes
 
 
 def loaded(name: str) -> Any:
@@ -120,6 +142,8 @@ class Family:
         The parts reach the function as one array, not as lists.
     is_ordered
         The first of equals counts, and parts say where they come from.
+    is_counting
+        Parts hold the number of values of each element.
     """
 
     finals: tuple[str, ...]
@@ -129,6 +153,7 @@ class Family:
     added: Mapping[str, str] = field(default_factory=dict)
     is_concatenated: bool = True
     is_ordered: bool = False
+    is_counting: bool = False
 
 
 _REDUCTIONS = "dask.array.reductions:"
@@ -148,7 +173,12 @@ FAMILIES: dict[str, Family] = {
     "nanmin": Family(finals=(f"{_REDUCTIONS}_nanmin_skip",), combine=f"{_REDUCTIONS}_nanmin_skip"),
     "nanmax": Family(finals=(f"{_REDUCTIONS}_nanmax_skip",), combine=f"{_REDUCTIONS}_nanmax_skip"),
     # number and total
-    "mean": Family(finals=(f"{_REDUCTIONS}mean_agg",), combine=f"{_REDUCTIONS}mean_combine", is_concatenated=False),
+    "mean": Family(
+        finals=(f"{_REDUCTIONS}mean_agg",),
+        combine=f"{_REDUCTIONS}mean_combine",
+        is_concatenated=False,
+        is_counting=True,
+    ),
     # number, total and central moments (Chan, Golub, LeVeque 1979; Pebay 2008). A part without elements has none: its
     # mean is NaN, which nansum leaves out as Dask's final step does.
     "moment": Family(
@@ -157,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         kept=("order",),
         added={"sum": "numpy:nansum"},
         is_concatenated=False,
+        is_counting=True,
     ),
     # extremes with their positions, which are in the data: the first position counts, whatever the order of the parts
     "arg": Family(
@@ -234,7 +265,17 @@ def array_reduction(function: Any, families: Mapping[Any, tuple[str, bool, bool]
         n_levels=len(axis),
         final=final,
         condition=NUMPY if family.is_ordered else "",
+        count_share=_count_share(name, keywords) if family.is_counting else 0.0,
+        has_equal_counts=family.is_counting and "sum" not in keywords,  # those that skip NaN have sums of their own
     )
+
+
+def _count_share(family: str, keywords: Mapping[str, Any]) -> float:
+    """Return the share of the counts: a mean has them and totals, a moment also one array for each order from 2."""
+    if family == "mean":
+        return 0.5
+    itemsize: int = loaded("numpy:dtype")(keywords.get("dtype", "f8")).itemsize
+    return 8 / (8 + itemsize * int(keywords.get("order", 2)))
 
 
 def _role(function: Any, families: Mapping[Any, tuple[str, bool, bool]]) -> tuple[str, bool, bool] | None:

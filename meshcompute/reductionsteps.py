@@ -8,19 +8,21 @@ Runs in the client's process and in the scheduler's; imports nothing that a stoc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
+import toolz
 from dask._task_spec import Alias, Dict, GraphNode, List, Task, TaskRef, _execute_subgraph, _identity_cast
 from dask.typing import Key
 from dask.utils import apply
 
 from meshcompute.associative import Reduction, array_families, array_reduction, loaded
 from meshcompute.associativetables import bag_reduction, table_reduction
+from meshcompute.shipping import by_value_once
 
-__all__ = ["Reader", "Step", "first_key", "merged", "with_inputs"]
+__all__ = ["Reader", "Step", "first_key", "merged", "with_inputs", "with_short_counts"]
 
 _IS_LIST = {"typ": list}  # how a list in a graph of the old style is written as a task
 
@@ -193,6 +195,47 @@ def _reading(task: Task, step: Step, inputs: Iterable[Key]) -> Task:
     args[step.position] = _nested(inputs, step.n_levels)
     function = step.reduction.final or task.func
     return Task(task.key, function, *args, _data_producer=task._data_producer, **task.kwargs)
+
+
+def with_short_counts(task: Task) -> Task:
+    """Make a task anew whose value, a part with counts, can be sent with one number for them.
+
+    Parameters
+    ----------
+    task
+        The task, alone or with what was fused to it.
+
+    Returns
+    -------
+    Task
+        A task with the same key and an equal value. Counts that differ, as they do where values are missing, and those
+        of masked or foreign arrays, stay as they are.
+    """
+    if task.func is _execute_subgraph:
+        inner, outkey = task.args[:2]
+        while isinstance(last := inner.get(outkey), Alias):
+            outkey = last.target
+        if not isinstance(last, Task):
+            return task
+        args = {**inner, outkey: with_short_counts(last)}, *task.args[1:]
+        return Task(task.key, task.func, *args, _data_producer=task._data_producer)
+    function = toolz.compose(_SHORT, task.func)
+    return Task(task.key, function, *task.args, _data_producer=task._data_producer, **task.kwargs)
+
+
+def _with_one_count(part: Any) -> Any:
+    # Runs on workers, which may not have meshcompute: it travels by value, and imports what it uses.
+    import numpy as np
+
+    counts = part.get("n") if type(part) is dict else None
+    if type(counts) is not np.ndarray or counts.size < 2 or counts.dtype.kind not in "iufc":
+        return part
+    one = counts[(0,) * counts.ndim]
+    # Dask sends an array with strides of 0 as what is in memory: one element.
+    return {**part, "n": np.broadcast_to(one, counts.shape)} if (counts == one).all() else part
+
+
+_SHORT: Callable[[Any], Any] = by_value_once(_with_one_count)
 
 
 def _nested(inputs: Iterable[Key], n_levels: int) -> List:

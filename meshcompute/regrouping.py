@@ -29,8 +29,8 @@ was computed before with other pools.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,13 +39,11 @@ from dask._task_spec import Alias, GraphNode, Task
 from dask.typing import Key
 from dask.utils import key_split
 
-from meshcompute.associative import Reduction
-from meshcompute.reductionsteps import Reader, Step, first_key, merged, with_inputs
+from meshcompute.associative import NUMPY, Reduction
+from meshcompute.reductionsteps import Reader, Step, first_key, merged, with_inputs, with_short_counts
+from meshcompute.reductiontrees import Homes, Tree, grown, mean_nbytes, saving_of, with_other_readers
 
 __all__ = ["Regrouped", "Regrouping", "regroup"]
-
-_SHORT = 4  # a chain of so many tasks is walked again sooner than looked up
-_LEAST_SAVING = 1e-6  # of what crosses: less is a rounding error of the comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +66,6 @@ class Regrouped:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class _Tree:
-    """One reduction: its last step, the combines below it, and the values that it reduces."""
-
-    nodes: list[Key]  # the last step, then the combines, each after the one that reads it
-    parents: list[int]  # for each node, the index of the one that reads it; -1 for the last step
-    leaves: list[Key]  # in the order in which they are read
-    readers: list[int]  # for each leaf, the index of the node that reads it
-    names: list[Key]  # aliases of nodes
-    pools: list[str] = field(default_factory=list)  # for each leaf
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
 class Regrouping:
     """What was done to a graph, and what is left to do when its tasks have their pools.
 
@@ -93,9 +79,11 @@ class Regrouping:
     _roots: dict[Key, tuple[Step, list[Key]]] = field(default_factory=dict)
     _merged_by_part: dict[Key, list[Key]] = field(default_factory=dict)
     _n_readers: Counter[Key] = field(default_factory=Counter)
+    # of each step that reads counts: the parts that it reads, and what makes them
+    _counting: list[tuple[Key, list[tuple[Key, Key]]]] = field(default_factory=list)
 
     def settle(self, tasks: dict[Key, GraphNode], pool_by_key: dict[Key, str]) -> None:
-        """Spare the parts of the pools in which the results are made.
+        """Spare the parts of the pools in which the results are made, and shorten the counts in parts that cross.
 
         Parameters
         ----------
@@ -123,6 +111,15 @@ class Regrouping:
                 task = tasks[root]
                 assert isinstance(task, Task)
                 tasks[root] = with_inputs(task, step, settled)
+        shortened: set[Key] = set()
+        for reader, parts in self._counting:
+            pool = pool_by_key.get(reader)
+            for part, maker in parts:
+                if pool_by_key.get(part, pool) == pool or maker in shortened:
+                    continue
+                if isinstance(task := tasks.get(maker), Task):
+                    shortened.add(maker)
+                    tasks[maker] = with_short_counts(task)
 
 
 def regroup(
@@ -168,16 +165,18 @@ def regroup(
         return Regrouping()
     inner = {key for key, step in steps.items() if step.is_combine and not is_kept(key) and pools_of(key) is None}
     names = {alias: target for alias, target in aliases.items() if target in inner}
-    homes = _Homes(tasks, nbytes, pools_of)
-    trees = _grown(steps, inner, names)
+    homes = Homes(tasks, nbytes, pools_of)
+    trees = grown(steps, inner, names)
     if not sum(map(homes.assign, trees)):
         return Regrouping()
-    if others := _with_other_readers(inner, names, tasks, steps, is_kept):
+    if others := with_other_readers(inner, names, tasks, steps, is_kept):
         inner -= others
-        trees = _grown(steps, inner, names)
+        trees = grown(steps, inner, names)
         for tree in trees:
             homes.assign(tree)
-    chosen: list[tuple[_Tree, float]] = []
+    is_numpy = functools.partial(holds, NUMPY)
+    counting = _with_counts(trees, steps, tasks, nbytes, is_known=is_known, is_numpy=is_numpy)
+    chosen: list[tuple[Tree, float]] = []
     needed: set[Key] = set()
     for tree in trees:
         saving = 0.0
@@ -185,208 +184,54 @@ def regroup(
             root = tree.nodes[0]
             condition = steps[root].reduction.condition
             if not condition or holds(condition, _layer_of(first_key(tasks[root]))):
-                saving = _saving(tree, nbytes)
+                saving = saving_of(tree, nbytes)
         if saving > 0.0:
             chosen.append((tree, saving))
         else:
             needed.update(tree.nodes, tree.names)
-    return _rebuilt(tasks, nbytes, chosen, steps=steps, needed=needed)
+    result = _rebuilt(tasks, nbytes, chosen, steps=steps, needed=needed)
+    for key in counting:
+        if key in tasks:
+            inputs = result._roots[key][1] if key in result._roots else steps[key].inputs
+            makers = [(part, aliases.get(part, part)) for part in inputs]  # fusion leaves an alias behind
+            result._counting.append((key, [(part, maker) for part, maker in makers if not is_known(maker)]))
+    return result
 
 
-def _with_other_readers(
-    inner: Container[Key],
-    names: Mapping[Key, Key],
-    tasks: Mapping[Key, GraphNode],
+def _with_counts(
+    trees: Iterable[Tree],
     steps: Mapping[Key, Step],
-    is_kept: Callable[[Key], bool],
-) -> set[Key]:
-    """Find the combines that something else than a step of the same reduction reads."""
-    found = {target for alias, target in names.items() if is_kept(alias)}
-    watched = {**{key: key for key in steps if key in inner}, **names}
-    keys = watched.keys()
-    for key, task in tasks.items():
-        dependencies = task.dependencies
-        if not dependencies or keys.isdisjoint(dependencies) or key in names:
+    tasks: Mapping[Key, GraphNode],
+    nbytes: dict[Key, float],
+    *,
+    is_known: Callable[[Key], bool],
+    is_numpy: Callable[[Key], bool],
+) -> list[Key]:
+    """Find the steps that read counts from other pools perhaps, and take the counts off the sizes of what they read."""
+    found: list[Key] = []
+    shortened: set[Key] = set()
+    for tree in trees:
+        root = tree.nodes[0]
+        reduction = steps[root].reduction
+        if not tree.pools or not reduction.count_share:
             continue
-        step = steps.get(key)
-        for dep in dependencies:
-            target = watched.get(dep)
-            if target is not None and (step is None or step.reduction.identity != steps[target].reduction.identity):
-                found.add(target)
+        found += tree.nodes
+        if not is_numpy(_layer_of(first_key(tasks[root]))):  # the counts of masked arrays are any
+            continue
+        parts = [key for key in tree.nodes[1:] if steps[key].reduction.has_equal_counts]
+        if reduction.family == "moment" and reduction.has_equal_counts:
+            parts += tree.leaves  # those of a mean are short as they come
+        for key in parts:
+            if key in nbytes and key not in shortened and not is_known(key):
+                shortened.add(key)
+                nbytes[key] = reduction.sent_nbytes(nbytes[key])
     return found
-
-
-def _grown(steps: Mapping[Key, Step], inner: set[Key], names: Mapping[Key, Key]) -> list[_Tree]:
-    """Collect the trees of a graph."""
-    target_of = {**{key: key for key in inner}, **{alias: key for alias, key in names.items() if key in inner}}
-    below: set[Key] = set()
-    trees = [_grown_from(root, steps, target_of, below) for root in steps if root not in inner]
-    # Combines that no step reads: what a user did with keepdims=True looks like one.
-    trees += [_grown_from(root, steps, target_of, below) for root in steps if root in inner and root not in below]
-    return [tree for tree in trees if tree.nodes[0] not in below]
-
-
-def _grown_from(root: Key, steps: Mapping[Key, Step], target_of: Mapping[Key, Key], below: set[Key]) -> _Tree:
-    tree = _Tree(nodes=[root], parents=[-1], leaves=[], readers=[], names=[])
-    leaves, readers = tree.leaves, tree.readers
-    stack = [(0, key) for key in reversed(steps[root].inputs)]
-    while stack:
-        reader, key = stack.pop()
-        target = target_of.get(key)
-        if target is None:
-            leaves.append(key)
-            readers.append(reader)
-            continue
-        if target is not key:
-            tree.names.append(key)
-        below.add(target)
-        node = len(tree.nodes)
-        tree.nodes.append(target)
-        tree.parents.append(reader)
-        stack += [(node, below_it) for below_it in reversed(steps[target].inputs)]
-    return tree
-
-
-class _Homes:
-    """In which pools values would lie if nothing crossed that need not: where most of what they are made of lies."""
-
-    def __init__(
-        self,
-        tasks: Mapping[Key, GraphNode],
-        nbytes: Mapping[Key, float],
-        pools_of: Callable[[Key], tuple[str, ...] | None],
-    ) -> None:
-        self._tasks = tasks
-        self._nbytes = nbytes
-        self._pools_of = pools_of
-        self._found: dict[Key, tuple[str, ...]] = {}
-
-    def of(self, key: Key) -> tuple[str, ...]:
-        """Name the pools in which a value may lie, all as good as each other; none: anywhere."""
-        found = self._found
-        if (home := self._pools_of(key)) is not None:
-            return home
-        passed: list[Key] = []  # along chains nothing has to be weighed
-        current = key
-        while (home := found.get(current)) is None and (home := self._pools_of(current)) is None:
-            task = self._tasks.get(current)
-            if task is None or len(task.dependencies) != 1:
-                home = self._weighed(current)
-                break
-            passed.append(current)
-            (current,) = task.dependencies
-        if len(passed) > _SHORT:
-            found.update(dict.fromkeys(passed, home))
-        return home
-
-    def _weighed(self, key: Key) -> tuple[str, ...]:
-        """Find the home of a value of several inputs after theirs, without recursion: chains can be long."""
-        found, tasks = self._found, self._tasks
-        stack, entered = [key], set()
-        while stack:
-            current = stack[-1]
-            if current not in found:
-                if (pools := self._pools_of(current)) is not None:
-                    found[current] = pools
-                elif (task := tasks.get(current)) is None:
-                    found[current] = ()
-                else:
-                    if current not in entered:
-                        entered.add(current)
-                        missing = [dep for dep in task.dependencies if dep not in found and dep not in entered]
-                        if missing:
-                            stack += missing
-                            continue
-                    found[current] = self._heaviest(task.dependencies)
-            stack.pop()
-        return found[key]
-
-    def _heaviest(self, keys: Iterable[Key]) -> tuple[str, ...]:
-        keys = list(keys)
-        if len(keys) == 1:
-            return self._found.get(keys[0], ())
-        held: dict[str, float] = {}
-        for key in keys:
-            for pool in self._found.get(key, ()):
-                held[pool] = held.get(pool, 0.0) + _size(self._nbytes, key)
-        most = max(held.values(), default=0.0)
-        return tuple(sorted([pool for pool, size in held.items() if size >= most * (1 - 1e-9)]))
-
-    def assign(self, tree: _Tree) -> bool:
-        """Give each leaf of a tree a pool, if there are several.
-
-        Returns
-        -------
-        bool
-            Whether there are.
-        """
-        choices = list(map(self.of, tree.leaves))
-        kinds = set(choices)
-        if len(kinds) == 1 and len(choices[0]) < 2:
-            return False
-        count = Counter([pools[0] for pools in choices if len(pools) == 1])
-        ranked = sorted(count, key=lambda pool: (-count[pool], pool))
-        rank = {pool: i for i, pool in enumerate(ranked)}
-        for pools in sorted(kinds):
-            for pool in pools:
-                rank.setdefault(pool, len(rank))
-        best = min(rank, key=rank.__getitem__, default="")
-        choice = {pools: min(pools, key=rank.__getitem__) if pools else best for pools in kinds}
-        if len(set(choice.values())) == 1:
-            return False
-        tree.pools = [choice[pools] for pools in choices]
-        return True
-
-
-def _saving(tree: _Tree, nbytes: Mapping[Key, float]) -> float:
-    """Return how many bytes fewer cross if a tree is regrouped, wherever its result is wanted.
-
-    Notes
-    -----
-    By dynamic programming over the given tree (Sankoff 1975): its least cost with a combine in this pool or that.
-    """
-    number = {pool: i for i, pool in enumerate(sorted(set(tree.pools)))}
-    leaf_nbytes = _mean_nbytes(tree.leaves, nbytes)
-    part_nbytes = _mean_nbytes(tree.nodes[1:] or tree.leaves, nbytes)
-    costs = [[0.0] * len(number) for _ in tree.nodes]
-    read = [0] * len(tree.nodes)
-    counts = [0] * len(number)
-    for reader, pool in zip(tree.readers, tree.pools, strict=True):
-        own = number[pool]
-        costs[reader][own] -= leaf_nbytes
-        read[reader] += 1
-        counts[own] += 1
-    for node in range(len(costs) - 1, -1, -1):
-        everywhere = read[node] * leaf_nbytes
-        cost = costs[node] = [everywhere + less for less in costs[node]]
-        if node:
-            elsewhere = min(cost) + part_nbytes
-            above = tree.parents[node]
-            costs[above] = [sofar + min(here, elsewhere) for sofar, here in zip(costs[above], cost, strict=True)]
-    given = costs[0]
-    sent = [min(count * leaf_nbytes, part_nbytes) for count in counts]
-    regrouped = [sum(sent) - size for size in sent]
-    result = _mean_nbytes(tree.nodes[:1], nbytes)  # it may be made elsewhere than it is wanted
-    saving = max(
-        min(a, min(given) + result) - min(b, min(regrouped) + result) for a, b in zip(given, regrouped, strict=True)
-    )
-    return saving if saving > _LEAST_SAVING * max(given) else 0.0
-
-
-def _mean_nbytes(keys: Sequence[Key], nbytes: Mapping[Key, float]) -> float:
-    mean = sum([nbytes.get(key, 1.0) for key in keys]) / len(keys)
-    return mean if 0.0 < mean < math.inf else 1.0
-
-
-def _size(nbytes: Mapping[Key, float], key: Key) -> float:
-    size = nbytes.get(key, 1.0)
-    return size if 0.0 < size < math.inf else 1.0
 
 
 def _rebuilt(
     tasks: dict[Key, GraphNode],
     nbytes: dict[Key, float],
-    trees: Sequence[tuple[_Tree, float]],
+    trees: Sequence[tuple[Tree, float]],
     *,
     steps: Mapping[Key, Step],
     needed: Container[Key],
@@ -400,7 +245,7 @@ def _rebuilt(
         root = tree.nodes[0]
         step = steps[root]
         most = max(2, *[len(steps[key].inputs) for key in tree.nodes])
-        part_nbytes = _mean_nbytes(tree.nodes[1:] or tree.leaves, nbytes)
+        part_nbytes = mean_nbytes(tree.nodes[1:] or tree.leaves, nbytes)
         leaves_by_pool: dict[str, list[Key]] = {}
         for leaf, pool in zip(tree.leaves, tree.pools, strict=True):
             leaves_by_pool.setdefault(pool, []).append(leaf)

@@ -24,13 +24,14 @@ from distributed.protocol import pickle as distributed_pickle
 
 import meshcompute
 
-__all__ = ["Shipment", "by_value"]
+__all__ = ["Shipment", "by_value", "by_value_once"]
 
 #: What a scheduler needs of us. Nothing here imports more than Dask does.
 SCHEDULER_MODULES = (
     "errors",
     "settings",
     "imports",
+    "collecting",
     "pools",
     "objective",
     "localsearch",
@@ -55,6 +56,7 @@ SCHEDULER_MODULES = (
     "associative",
     "associativetables",
     "reductionsteps",
+    "reductiontrees",
     "regrouping",
     "pinnedframes",
     "frames",
@@ -110,6 +112,17 @@ class by_value:  # noqa: N801 - reads as what it does
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.obj(*args, **kwargs)
+
+
+class by_value_once(by_value):  # noqa: N801 - reads as what it does
+    """The same for what never changes: pickled once per process, not each time."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._reduced
+
+    @functools.cached_property
+    def _reduced(self) -> tuple[Any, ...]:
+        return super().__reduce__()
 
 
 class Shipment:
@@ -227,19 +240,4 @@ def _receive(version: str, sources: dict[str, str] | None, payload: Any, *buffer
         return Refused(exc)
 
 
-class _Receive:
-    """Pickles as the function above, by value; made once per process."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _receive_by_value()
-
-    def __call__(self, *args: Any) -> Any:
-        return _receive(*args)
-
-
-@functools.cache
-def _receive_by_value() -> tuple[Any, ...]:
-    return by_value(_receive).__reduce__()
-
-
-_RECEIVE = _Receive()
+_RECEIVE = by_value_once(_receive)

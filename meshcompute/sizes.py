@@ -34,13 +34,13 @@ from dask.sizeof import sizeof
 from dask.typing import Key
 from dask.utils import parse_bytes
 
+from meshcompute.associative import PART_NBYTES
 from meshcompute.tablesizes import Shuffles, is_table_sender, read_nbytes, table_nbytes
 
 __all__ = ["estimate_nbytes"]
 
 _NUMBER_NBYTES = 28  # sys.getsizeof of a Python int: what the barrier of a P2P shuffle returns
 _NONE_NBYTES = 16  # sys.getsizeof(None)
-_DICT_NBYTES = {2: 320, 3: 402}  # dask.sizeof of a dict with so many empty arrays, as mean and var hand on
 # Functions that nobody knows condense more often than they inflate: of links in a chain that would otherwise count the
 # same, the last one is cut.
 _SHRINKING = 1 - 2**-13
@@ -226,12 +226,12 @@ def _content(
     if name == "mean_chunk":
         # {n, total}; counts of an array without missing values are one number, repeated
         counts = getattr(options.get("numel"), "__name__", "numel") != "numel"
-        return (2 * itemsize, _DICT_NBYTES[2]) if counts else (itemsize, _DICT_NBYTES[2] + itemsize)
+        return (2 * itemsize, PART_NBYTES["mean"]) if counts else (itemsize, PART_NBYTES["mean"] + itemsize)
     if name == "mean_combine":
-        return 2 * itemsize, _DICT_NBYTES[2]
+        return 2 * itemsize, PART_NBYTES["mean"]
     if name in {"moment_chunk", "moment_combine"}:
         # {n, total, M}, M with one array for each order from the second
-        return _COUNT_NBYTES + itemsize * options.get("order", 2), _DICT_NBYTES[3]
+        return _COUNT_NBYTES + itemsize * options.get("order", 2), PART_NBYTES["moment"]
     if name in {"arg_chunk", "arg_combine"}:
         # the extremes with their positions; the layer states the dtype of the positions alone
         return _COUNT_NBYTES + _value_itemsize(sample, layers, itemsize), 0

@@ -20,6 +20,7 @@ from dask._expr import FinalizeCompute
 from dask.base import collections_to_expr
 from dask.core import flatten
 from dask.local import get_sync
+from dask.sizeof import sizeof
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -77,6 +78,18 @@ def crossing(assignment: Assignment) -> float:
         if key in pools and pools.get(dep, pools[key]) != pools[key]
     }
     return sum(assignment.nbytes_by_key[dep] for dep, _ in sent)
+
+
+def values_crossing(assignment: Assignment) -> list[Any]:
+    """Values that a plan sends between pools, each once for each destination."""
+    pools = assignment.pool_by_key
+    sent = {
+        (dep, pools[key])
+        for key, task in assignment.tasks.items()
+        for dep in task.dependencies
+        if key in pools and pools.get(dep, pools[key]) != pools[key]
+    }
+    return list(get_sync(dict(assignment.tasks), [dep for dep, _ in sorted(sent, key=str)]))
 
 
 def series(blocks: Sequence[np.ndarray], pools: str, axis: int = 0) -> da.Array:
@@ -183,6 +196,51 @@ def test_one_part_of_each_pool_crosses() -> None:
     assert crossing(x.regrouped) == 2 * 5 * 8
     assert crossing(x.given) >= 10 * crossing(x.regrouped)
     assert len(x.regrouped.tasks) <= 1.1 * len(x.given.tasks)
+
+
+COUNTING: dict[str, Callable[[Any], Any]] = {
+    "mean": lambda x: x.mean(0),
+    "std": lambda x: x.std(0),
+    "fourth moment": lambda x: da.reductions.moment(x, 4, axis=0),
+    "mean of all": lambda x: x.mean(),
+}
+LAYOUTS = {"interleaved": "ab" * 12, "split": "a" * 12 + "b" * 12, "a chunk of each": "ab"}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", COUNTING)
+def test_counts_cross_as_one_number_and_the_plan_says_so(name: str, layout: str) -> None:
+    pools = LAYOUTS[layout]
+    blocks = blocks_of(len(pools), (2, 500))
+    x = both(COUNTING[name](series(blocks, pools)))
+    given, regrouped = x.values()
+    np.testing.assert_allclose(regrouped, given, rtol=1e-12)
+    assert regrouped.dtype == given.dtype
+    assert str(regrouped.flags) == str(given.flags)
+    parts = values_crossing(x.regrouped)
+    assert parts
+    assert all(set(part["n"].strides) == {0} or part["n"].size == 1 for part in parts)
+    assert sum(map(sizeof, parts)) == crossing(x.regrouped)
+
+
+def test_counts_that_differ_and_those_of_masked_arrays_cross_as_they_are() -> None:
+    blocks = blocks_of(24, (2, 50))
+    for block in blocks:
+        block[0, ::2] = np.nan
+    x = series(blocks, "ab")
+    for reduced in (da.nanmean(x, axis=0), da.nanstd(x, axis=0), da.ma.masked_invalid(x).mean(0)):
+        y = both(reduced)
+        given, regrouped = y.values()
+        np.testing.assert_allclose(regrouped, given, rtol=1e-12)
+        assert type(regrouped) is type(given)
+        parts = values_crossing(y.regrouped)
+        assert all(0 not in part["n"].strides for part in parts)
+        assert 0 < sum(map(sizeof, parts)) <= crossing(y.regrouped)
+
+
+def test_where_nothing_is_missing_what_skips_the_missing_sends_one_number_too() -> None:
+    y = both(da.nanmean(series(blocks_of(24, (2, 500)), "ab"), axis=0))
+    assert sum(map(sizeof, values_crossing(y.regrouped))) < 0.6 * crossing(y.regrouped)
 
 
 def test_no_step_reads_more_parts_than_a_given_one_but_for_one_of_each_pool() -> None:
