@@ -1,7 +1,8 @@
 """What a cluster holds right now, as the planner needs to know it.
 
 Covers three views with one face: a scheduler's own state (:class:`SchedulerView`), what a client can ask for
-(:class:`ClientView`), and nothing at all (:class:`EmptyView`). Does not cover any decision.
+(:class:`ClientView`), and nothing at all (:class:`EmptyView`); and which scheduler runs in this process. Does not cover
+any decision.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from meshcompute.learning import Kind
 from meshcompute.links import Link, LinkTable
 from meshcompute.pools import pools_of_resources
 
-__all__ = ["ClientView", "EmptyView", "Known", "SchedulerView", "View", "answer_view"]
+__all__ = ["ClientView", "EmptyView", "Known", "SchedulerView", "View", "answer_view", "find_scheduler"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +203,27 @@ def _threads(workers: Iterable[tuple[Iterable[str], int]]) -> dict[str, float]:
 def _unknown_seconds() -> float:
     """How long distributed takes a task to take of which it knows nothing."""
     return float(parse_timedelta(dask.config.get("distributed.scheduler.unknown-task-duration", "500ms")))
+
+
+def find_scheduler(scheduler_id: str) -> Any:
+    """Find a scheduler of this process.
+
+    Parameters
+    ----------
+    scheduler_id
+        Its id.
+
+    Returns
+    -------
+    Scheduler or None
+        The one with this id, or else the only one that runs here: a client does not know the id yet that sends a graph
+        before it is connected, or while its scheduler is started again.
+    """
+    from distributed import Scheduler
+    from distributed.core import Status
+
+    running = [s for s in list(Scheduler._instances) if s.status is Status.running]
+    return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
 class ClientView:

@@ -20,9 +20,10 @@ from dask._task_spec import Alias, GraphNode
 from dask.typing import Key
 
 from meshcompute import learning, placement, taskgraph
+from meshcompute.collecting import ask_uncollected, uncollected
 from meshcompute.errors import UnsupportedPinError
 from meshcompute.links import Link, LinkTable
-from meshcompute.live import EmptyView, Known, SchedulerView, View
+from meshcompute.live import EmptyView, Known, SchedulerView, View, find_scheduler
 from meshcompute.numbering import Index, dependencies_of, ordered
 from meshcompute.pinnedtasks import extract_pins
 from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
@@ -282,10 +283,11 @@ def _place(
     index = Index(keys)
     names = sorted({p for pin in pins.values() for p in pin.pools} | {p for seen in known.values() for p in seen.pools})
     is_present = set(view.pools())
+    sealed = {key for key, seen in known.items() if seen.is_in_memory}
     seconds = None
     if links.objective == "seconds":  # threads elsewhere may save time, too
         names = sorted({*names, *is_present})
-        kinds = {key: taskgraph.name_of(key) for key in keys if key in tasks and not _is_held(known.get(key))}
+        kinds = {key: taskgraph.name_of(key) for key in keys if key in tasks and key not in sealed}
         durations = view.durations(set(kinds.values()))
         seconds = [durations[kinds[key]] if key in kinds else 0.0 for key in keys]
     number = {name: i for i, name in enumerate(names)}
@@ -306,7 +308,6 @@ def _place(
             pinned[index[key]] = numbers(seen.pools)
         elif seen.is_in_memory:
             pinned[index[key]] = None
-    sealed = {key for key, seen in known.items() if seen.is_in_memory}
     graph = placement.Graph(
         dependencies=dependencies_of(index, tasks, sealed),
         nbytes=[nbytes.get(key, 0.0) for key in keys],
@@ -326,10 +327,6 @@ def _place(
             "Rechunk the data of each pool on its own, or outside of any pool() block."
         ) from exc
     return {key: names[pool] for key, pool in zip(keys, pools, strict=True) if pool >= 0}
-
-
-def _is_held(seen: Known | None) -> bool:
-    return seen is not None and seen.is_in_memory
 
 
 def _relays(
@@ -440,38 +437,19 @@ class PlannedExpression:
             request = self.request
             install_guard(scheduler, request.compression, request.links, request.objective)
             self.view = SchedulerView(scheduler)
+            ask_uncollected()
 
     @functools.cached_property
     def assignment(self) -> Assignment:
         """The plan, made when it is first asked for."""
-        return assign(self.expr, self.request, self.view)
+        with uncollected():
+            return assign(self.expr, self.request, self.view)
 
     def __dask_graph__(self) -> Mapping[Key, GraphNode]:
         return self.assignment.tasks  # nobody changes it: the scheduler makes a graph of its own
 
     def __dask_annotations__(self) -> dict[str, Mapping[Any, Any]]:
         return {**self.assignment.annotations, PLAN: {PLAN: self.assignment.held_by_key}}
-
-
-def find_scheduler(scheduler_id: str) -> Any:
-    """Find a scheduler of this process.
-
-    Parameters
-    ----------
-    scheduler_id
-        Its id.
-
-    Returns
-    -------
-    Scheduler or None
-        The one with this id, or else the only one that runs here: a client does not know the id yet that sends a graph
-        before it is connected, or while its scheduler is started again.
-    """
-    from distributed import Scheduler
-    from distributed.core import Status
-
-    running = [s for s in list(Scheduler._instances) if s.status is Status.running]
-    return next((s for s in running if s.id == scheduler_id), running[0] if len(running) == 1 else None)
 
 
 def install_guard(

@@ -47,6 +47,7 @@ _METHODS: dict[str, tuple[str, ...]] = {
     "stimulus_queue_slots_maybe_opened": ("stimulus_id",),
     "transition": ("key", "finish", "stimulus_id"),
     "transitions": ("recommendations", "stimulus_id"),
+    "update_graph": ("client", "expr_ser", "keys"),
     "valid_workers": ("ts",),
     "validate_queued": ("key",),
     "worker_objective": ("ts", "ws"),

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
+from meshcompute.collecting import uncollected_if_asked
 from meshcompute.learning import SizeBook
 from meshcompute.pools import ANNOTATION, PLAN, POOL_PREFIX, Held
 from meshcompute.schedulerborders import BorderScheduler
@@ -284,6 +285,10 @@ class PoolScheduler(BorderScheduler):
         self.pool_lanes.invalidate()
 
     # ------------------------------------------------------------------ graphs come in
+
+    async def update_graph(self, *args: Any, **kwargs: Any) -> None:
+        with uncollected_if_asked():  # a planned graph asks for it, when it is unpickled in here
+            await super().update_graph(*args, **kwargs)
 
     def _create_taskstate_from_graph(self, *, submitting_task: Any, annotations_by_type: Any, **kwargs: Any) -> Any:
         parent = self.tasks.get(submitting_task) if submitting_task else None

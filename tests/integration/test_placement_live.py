@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -10,7 +11,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, futures_of, get_worker
+from distributed import Client, SchedulerPlugin, futures_of, get_worker
 
 from meshcompute.clients import pool, propagate_pools
 from meshcompute.explaining import explain
@@ -110,6 +111,32 @@ def test_only_graphs_submitted_under_propagate_pools_are_placed(sites: Any) -> N
         )
         assert all(set(demands[str(future.key)]) <= {"pool-a", "pool-b"} for future in futures_of(placed))
         assert not any(demands[str(future.key)] for future in futures_of(plain))
+
+
+class Witness(SchedulerPlugin):  # type: ignore[misc]
+    """Note whether the collector of cyclic garbage is on while a graph is taken in."""
+
+    def __init__(self) -> None:
+        self.found: list[bool] = []
+
+    def update_graph(self, *args: Any, **kwargs: Any) -> None:
+        self.found.append(gc.isenabled())
+
+
+def test_a_graph_that_is_placed_is_taken_in_without_searches_for_garbage(sites: Any) -> None:
+    def found(dask_scheduler: Any) -> tuple[list[bool], bool]:
+        return dask_scheduler.plugins["witness"].found, gc.isenabled()
+
+    with propagate_pools():  # from now on the scheduler is one of ours
+        make("a").sum().compute()
+    sites.client.register_plugin(Witness(), name="witness")
+    try:
+        da.ones((4, 4), chunks=2).sum().compute()
+        with propagate_pools():
+            make("b").sum().compute()
+        assert sites.client.run_on_scheduler(found) == ([True, False], True)
+    finally:
+        sites.client.unregister_scheduler_plugin("witness")
 
 
 def test_the_same_computation_twice_while_its_result_is_held(sites: Any) -> None:
