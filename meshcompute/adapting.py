@@ -7,7 +7,7 @@ how a live scheduler is read and changed (:mod:`meshcompute.scheduleradapting`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dask.typing import Key
 
@@ -37,6 +37,10 @@ class Situation:
         are, shape (n,).
     movable
         Indices of the tasks that may move, with the pool that they are held to.
+    seconds
+        For each, how long one thread has still to work on it, shape (n,); None where time does not count.
+    threads
+        Threads by name of pool, where time counts.
     """
 
     keys: Sequence[Key]
@@ -44,6 +48,8 @@ class Situation:
     nbytes: Sequence[float]
     pools: Sequence[tuple[str, ...]]
     movable: Mapping[int, str]
+    seconds: Sequence[float] | None = None
+    threads: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_moves(situation: Situation, links: LinkTable) -> dict[Key, str]:
@@ -70,8 +76,12 @@ def plan_moves(situation: Situation, links: LinkTable) -> dict[Key, str]:
         dependencies=situation.dependencies,
         nbytes=situation.nbytes,
         pins=[shared[pools] or None for pools in situation.pools],
+        seconds=situation.seconds,
     )
-    chosen = placement.place(graph, len(names), links.costs(names)).pools
+    has_replicas = any(1 < len(situation.pools[i]) < len(names) for i in situation.movable)
+    # A pool without workers, where values are awaited, has no time to give: one thread, as when a graph comes in.
+    threads = None if situation.seconds is None else [situation.threads.get(name, 1.0) for name in names]
+    chosen = placement.place(graph, len(names), links.costs(names, threads, has_replicas=has_replicas)).pools
     moves = {}
     for i, pool in situation.movable.items():
         new = names[chosen[i]] if chosen[i] >= 0 else pool

@@ -39,6 +39,9 @@ _SAMPLES = 32  # the median of so many of the last transfers is a link's rate: h
 _BITS = re.compile(r"^\s*([\d.eE+]+)\s*([kKmMgGtT]?)(?:bit|b)(?:/s|ps)\s*$")
 # Where plans cost the same money, the one with fewer bytes is better: a share of the dearest price.
 _TIE = 1e-6
+# Plans whose bytes differ by less are the same but for their links. Less than any estimate is good for.
+_SAME_BYTES = 1e-3
+_TYPICAL_NBYTES = 1e6  # for which links are compared: about a chunk
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,7 +229,9 @@ class LinkTable:
             source, destination
         )
 
-    def costs(self, pools: Sequence[str], threads: Sequence[float] | None = None) -> placement.Links | None:
+    def costs(
+        self, pools: Sequence[str], threads: Sequence[float] | None = None, *, has_replicas: bool = False
+    ) -> placement.Links | None:
         """Say what crossing costs, as placement asks for it.
 
         Parameters
@@ -235,6 +240,8 @@ class LinkTable:
             Names of the pools, in the order of the matrices.
         threads
             Threads of every pool, for the objective ``seconds``.
+        has_replicas
+            Whether some tasks may run in several pools, which are named: as many bytes may then cross better links.
 
         Returns
         -------
@@ -262,7 +269,20 @@ class LinkTable:
                 [[price + tie if i != j else 0.0 for j, price in enumerate(row)] for i, row in enumerate(prices)],
                 to_client,
             )
-        return None
+        return self._bytes_by_sooner_links(pools) if has_replicas else None
+
+    def _bytes_by_sooner_links(self, pools: Sequence[str]) -> placement.Links | None:
+        """Let bytes cost the same but for a trifle, by which the sooner one of two links is the better one."""
+        if len(pools) < 3 or not any(self.is_known(a, b) for a in pools for b in pools if a != b):
+            return None  # of two pools, one has the reader
+        seconds = [[self.seconds(a, b, _TYPICAL_NBYTES) if a != b else 0.0 for b in pools] for a in pools]
+        longest = max(max(row) for row in seconds)
+        return placement.Links(
+            per_byte=[
+                [1.0 + _SAME_BYTES * time / longest if i != j else 0.0 for j, time in enumerate(row)]
+                for i, row in enumerate(seconds)
+            ]
+        )
 
     def _price(self, source: str, destination: str) -> float:
         price = self.cost(source, destination, 1.0)

@@ -317,7 +317,11 @@ def _place(
         seconds=seconds,
     )
     threads = view.threads() if seconds is not None else {}
-    costs = links.costs(names, [threads.get(name, 1.0) for name in names] if threads else None)
+    costs = links.costs(
+        names,
+        [threads.get(name, 1.0) for name in names] if threads else None,
+        has_replicas=any(len(pools) > 1 for pools in allowed),
+    )
     try:
         pools = placement.place(graph, len(names), costs).pools
     except placement.ContradictingPinsError as exc:

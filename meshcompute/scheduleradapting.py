@@ -14,15 +14,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import dask
+from dask._task_spec import Alias
+from dask.utils import parse_timedelta
 from distributed.metrics import monotonic
 from distributed.utils import offload
 
 from meshcompute.adapting import Situation, has_drifted, plan_moves
+from meshcompute.errors import SettingError
 from meshcompute.links import LinkTable
 from meshcompute.pools import Held, pools_of_resources
 from meshcompute.schedulerextensions import is_barrier
+from meshcompute.schedulerqueue import pool_of
 
 __all__ = ["LOOK_SECONDS", "Adapter"]
 
@@ -36,7 +43,8 @@ _SLICE = 2000  # tasks at a time on the event loop: some milliseconds
 # A graph that large is through with its pools before a new plan of it would be made.
 _MOST_TASKS = 50_000
 
-_UNSTARTED = {"released", "waiting", "queued", "no-worker"}
+_AWAITED = {"waiting", "queued", "no-worker", "processing"}
+_UNSTARTED = {"released", "waiting", "queued", "no-worker"}  # what is released may have to run again
 
 
 class Adapter:
@@ -51,6 +59,7 @@ class Adapter:
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._pools = self._present()
+        self._threads = self._count_threads()
         self._links: LinkTable = scheduler.pool_links
         self._not_before = 0.0
         self._is_adapting = False
@@ -59,14 +68,22 @@ class Adapter:
         resources = self._scheduler.resources
         return pools_of_resources(name for name, holders in resources.items() if holders)
 
+    def _count_threads(self) -> dict[str, float]:
+        threads: dict[str, float] = {}
+        for ws in self._scheduler.running:
+            if (pool := self._scheduler.pool_of_worker(ws)) is not None:
+                threads[pool] = threads.get(pool, 0.0) + ws.nthreads
+        return threads
+
     def look(self) -> None:
-        """See whether pools or links have changed, and start to place again if they have."""
+        """See whether pools, their threads or links have changed, and start to place again if that matters."""
         if self._is_adapting or monotonic() < self._not_before:
             return
-        pools, links = self._present(), self._scheduler.pool_links
-        if pools == self._pools and (links is self._links or not has_drifted(self._links, links, pools)):
+        pools, threads, links = self._present(), self._count_threads(), self._scheduler.pool_links
+        is_as_it_was = pools == self._pools and (threads == self._threads or links.objective != "seconds")
+        if is_as_it_was and (links is self._links or not has_drifted(self._links, links, pools)):
             return
-        self._pools, self._links = pools, links
+        self._pools, self._threads, self._links = pools, threads, links
         if len(pools) and self._scheduler.tasks:
             self._is_adapting = True
             self._scheduler._ongoing_background_tasks.call_soon(self._adapt_or_say)
@@ -75,6 +92,8 @@ class Adapter:
         start = monotonic()
         try:
             await self._adapt()
+        except SettingError as exc:  # a pool has joined that nobody has given a price
+            logger.warning("Tasks that have not started stay where they are: %s", exc)
         except Exception:
             logger.exception("Tasks could not be placed again")
         finally:
@@ -122,8 +141,35 @@ class Adapter:
             pools.append(options or self._place_of(ts))
             if i % _SLICE == _SLICE - 1:
                 await asyncio.sleep(0)
-        return Situation(
+        situation = Situation(
             keys=[ts.key for ts in index], dependencies=dependencies, nbytes=nbytes, pools=pools, movable=held
+        )
+        return situation if self._links.objective != "seconds" else await self._with_times(situation, tasks, index)
+
+    async def _with_times(self, situation: Situation, tasks: list[Any], index: Mapping[Any, int]) -> Situation:
+        """Add how long tasks take, and for every pool the work that it has beside the tasks of the situation."""
+        unknown = parse_timedelta(dask.config.get("distributed.scheduler.unknown-task-duration"))
+        others = dict.fromkeys(self._pools, 0.0)
+        seconds = [0.0] * len(index)
+        for i, ts in enumerate(tasks):
+            if ts.state in _AWAITED:
+                known = ts.prefix.duration_average
+                time = known if known >= 0 else unknown
+                if ts in index:
+                    seconds[index[ts]] = time
+                elif (pool := pool_of(ts)) in others:
+                    others[pool] += time
+            if i % (10 * _SLICE) == 10 * _SLICE - 1:
+                await asyncio.sleep(0)
+        n = len(others)
+        return replace(
+            situation,
+            keys=[*situation.keys, *(f"other work of {pool}" for pool in others)],
+            dependencies=[*situation.dependencies, *([] for _ in range(n))],
+            nbytes=[*situation.nbytes, *[0.0] * n],
+            pools=[*situation.pools, *((pool,) for pool in others)],
+            seconds=[*seconds, *others.values()],
+            threads=self._threads,
         )
 
     def _options(self, ts: Any) -> tuple[str, ...]:
@@ -147,6 +193,8 @@ class Adapter:
     def _nbytes(self, ts: Any) -> float:
         if ts.nbytes >= 0:
             return float(ts.nbytes)
+        if isinstance(ts.run_spec, Alias) or any(is_barrier(reader) for reader in ts.dependents):
+            return sum([self._nbytes(dep) for dep in ts.dependencies])  # what a shuffle's sender returns is a number
         size: float = self._scheduler.pool_sizes.expected(ts.group.name)
         return size
 

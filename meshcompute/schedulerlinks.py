@@ -22,7 +22,7 @@ from distributed.scheduler import Scheduler
 from meshcompute.errors import SettingError
 from meshcompute.links import Link, LinkTable, RateBook, parse_links
 from meshcompute.pools import pools_of_resources
-from meshcompute.schedulerqueue import or_stock, pool_of
+from meshcompute.schedulerqueue import or_stock
 from meshcompute.settings import setting
 
 __all__ = ["LinkScheduler"]
@@ -118,7 +118,7 @@ class LinkScheduler(Scheduler):
             )
 
     def get_comm_cost(self, ts: Any, ws: Any) -> float:
-        if ts.dependencies and pool_of(ts) is not None:
+        if ts.dependencies:  # also of a task without a pool, which placement has left open
             seconds = self._seconds_to_fetch(ts, ws)
             if seconds is not None:
                 return seconds

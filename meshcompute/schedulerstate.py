@@ -10,7 +10,7 @@ The maintainers of distributed offer no interface for any of this (distributed#4
 plugin only watches. So the class of the running scheduler, and of three of its extensions, is exchanged for a
 subclass. Three rules keep that safe:
 
-- A task without a pool takes the stock path, always.
+- A task without a pool takes the stock path, always; only what it takes to fetch its inputs is known better.
 - Every decision of ours may fail: it is logged, and the stock path decides. That path respects resource
   restrictions too, so a pin holds even then.
 - :mod:`meshcompute.schedulerinternals` compares what we rely on with what is installed, before anything is touched.

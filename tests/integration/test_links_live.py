@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import dask
 import dask.array as da
+import numpy as np
 import pytest
+from distributed import Client, wait
 from waiting import wait_until
 
 from meshcompute import errors, explain, measure_traffic, pool, propagate_pools
@@ -77,3 +81,71 @@ def test_rates_are_learnt_from_transfers_and_shown(sites: Any) -> None:
         plan = explain(joined(8000, 4000))
     assert ("b", "a") in measured
     assert plan.seconds_between_pools["b", "a"] == pytest.approx(4e6 / measured["b", "a"], rel=0.5)
+
+
+# ---------------------------------------------------------------------- what placement leaves open
+
+
+@pytest.fixture(scope="module", params=["meshcompute on the scheduler", "a stock scheduler"])
+def three(request: pytest.FixtureRequest, start_sites: Callable[..., Any]) -> Iterator[Client]:
+    """A client of a mesh with one worker in each of the pools a, b and c."""
+    options = {}
+    if request.param == "a stock scheduler":
+        stock = request.getfixturevalue("stock_python")
+        options = {"scheduler_python": stock, "worker_python": stock}
+    mesh = start_sites(pools=("a", "b", "c"), isolated=False, workers_per_site=1, **options).mesh
+    with Client(mesh.scheduler_address) as client:
+        yield client
+
+
+def zeros(nbytes: int) -> np.ndarray:
+    return np.zeros(nbytes, dtype="u1")
+
+
+def total_size(*parts: Any) -> int:
+    return sum(part.size for part in parts)
+
+
+def pools_of(client: Client, future: Any) -> set[str]:
+    """Pools that hold a value."""
+    names = {address: w["name"] for address, w in client.scheduler_info(n_workers=-1)["workers"].items()}
+    return {names[address].rsplit("-", 2)[0] for address in client.who_has([future])[future.key]}
+
+
+def slow(*pairs: str) -> list[dict[str, str]]:
+    """Settings: all links at 1 GB/s but for some."""
+    links = [{"from": "*", "to": "*", "bandwidth": "1 GB/s"}]
+    return links + [{"from": a, "to": b, "bandwidth": "1 MB/s"} for a, b in pairs]
+
+
+@pytest.mark.parametrize("is_placed", [False, True], ids=["pinned alone", "all placed"])
+@pytest.mark.parametrize("near", ["a", "b"])
+def test_of_two_replicas_the_one_with_the_better_link_to_its_reader_is_read(
+    near: str, is_placed: bool, three: Client
+) -> None:
+    far = {"a": "b", "b": "a"}[near]
+    with (
+        propagate_pools() if is_placed else nullcontext(),
+        dask.config.set({"meshcompute.links": slow(far + "c")}),
+        measure_traffic(three) as traffic,
+    ):
+        with pool("a", "b"):
+            x = dask.delayed(zeros)(1_000_000)
+        with pool("c"):
+            future = three.compute(dask.delayed(total_size)(x))
+        assert future.result() == 1_000_000
+    assert directions(traffic) == {(near, "c")}
+
+
+def test_a_task_that_nobody_has_placed_runs_where_its_inputs_are_soonest(three: Client) -> None:
+    """Stock would take it to the most bytes: it counts with one rate for the whole cluster."""
+    for rates, expected in ((slow("ab"), "a"), (slow("ba"), "b"), (slow(), "b")):
+        with dask.config.set({"meshcompute.links": rates}):
+            with pool("a"):
+                x = three.submit(zeros, 2_000_000, pure=False)
+            with pool("b"):
+                y = three.submit(zeros, 3_000_000, pure=False)
+            wait([x, y])
+            there = three.submit(total_size, x, y, pure=False)
+            wait(there)
+            assert pools_of(three, there) == {expected}

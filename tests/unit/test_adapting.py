@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,3 +71,29 @@ def test_another_price_matters():
     )
     assert has_drifted(cheap, dear, ["a", "b"])
     assert not has_drifted(dear, dear, ["a", "b"])
+
+
+def test_work_is_shared_out_by_threads_where_time_is_what_counts():
+    """Ten tasks of a second each, four of them as much work as the pool b has already."""
+    n = 10
+    situation = Situation(
+        keys=["x", *range(n), "other work of b"],
+        dependencies=[[], *[[0]] * n, []],
+        nbytes=[1.0, *[1.0] * n, 0.0],
+        pools=[("a",), *[("a", "b")] * n, ("b",)],
+        movable=dict.fromkeys(range(1, n + 1), "a"),
+        seconds=[0.0, *[1.0] * n, 4.0],
+        threads={"a": 1.0, "b": 1.0},
+    )
+    moves = plan_moves(situation, rates(a_b=1e9, b_a=1e9))
+    assert set(moves.values()) == {"b"}
+    assert 2 <= len(moves) <= 4
+    assert plan_moves(replace(situation, threads={"a": 10.0, "b": 0.1}), rates(a_b=1e9, b_a=1e9)) == {}
+
+
+def test_of_replicas_that_cost_as_many_bytes_the_one_with_the_better_link_is_kept():
+    situation = Situation(
+        keys=["x", "reader"], dependencies=[[], [0]], nbytes=[1e6, 1.0], pools=[("a", "b"), ("c",)], movable={0: "a"}
+    )
+    assert plan_moves(situation, rates("bytes", a_c=1e6, b_c=1e9)) == {"x": "b"}
+    assert plan_moves(situation, rates("bytes", a_c=1e9, b_c=1e6)) == {}

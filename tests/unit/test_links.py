@@ -156,3 +156,15 @@ def test_money_without_a_price_names_the_pair_and_the_cure():
     with pytest.raises(SettingError, match="b -> a has no cost") as caught:
         table({"from": "a", "to": "b", "cost": 1}, objective="money").costs(["a", "b"])
     assert "'*'" in str(caught.value)
+
+
+def test_links_break_ties_between_replicas_and_never_weigh_against_bytes() -> None:
+    table = LinkTable(given=parse_links([{"from": "a", "to": "c", "bandwidth": "1 MB/s"}]))
+    assert table.costs(["a", "b", "c"]) is None
+    costs = table.costs(["a", "b", "c"], has_replicas=True)
+    assert costs is not None
+    assert costs.per_byte[0][2] > costs.per_byte[1][2]
+    crossings = [cost for i, row in enumerate(costs.per_byte) for j, cost in enumerate(row) if i != j]
+    assert max(crossings) <= 1.001 * min(crossings)
+    assert LinkTable().costs(["a", "b", "c"], has_replicas=True) is None  # nothing is known
+    assert table.costs(["a", "c"], has_replicas=True) is None  # one of two has the reader
