@@ -188,11 +188,15 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         if corrected:
             guessed.clear()
             nbytes = estimate_nbytes(tasks, layers, guessed, {**corrected, **measured})
-        view.expect(kinds)
-        nbytes.update((key, seen.nbytes) for key, seen in known.items() if seen.is_in_memory)
         if request.is_propagating and request.is_regrouping and not stays:
             held = [{*request.keys}, *annotations.values()]
             regrouping = _regroup(expr, tasks, nbytes, pins=pins, known=known, kept=held)
+            if kinds_of_parts := learning.kinds_of(regrouping.parts, nbytes):
+                sizes = {key: nbytes[key] for key in regrouping.parts}
+                corrected, learnt_of_parts = learning.correct(sizes, kinds_of_parts, view.learnt(kinds_of_parts))
+                nbytes.update(corrected)
+                learnt |= learnt_of_parts
+                kinds |= kinds_of_parts
         links = view.links(request.links, request.objective)
         pool_by_key = _place(
             tasks, pins, known, nbytes, shuffles=shuffles.values(), wanted=request.keys, links=links, view=view
@@ -201,6 +205,9 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
         regrouping.settle(tasks, pool_by_key)
+        for key in regrouping.shortened - regrouping.parts.keys():  # others of their kind are larger
+            kinds.pop(learning.group_of(key), None)
+        view.expect(kinds)
     else:
         pool_by_key = {key: pin.pools[0] for key, pin in pins.items()}
     relays, fetching = _relays(tasks, pool_by_key, known) if request.is_propagating else ({}, set())

@@ -73,9 +73,15 @@ class Regrouping:
     ----------
     kinds
         Reductions that were regrouped, by kind.
+    parts
+        The new tasks, by key.
+    shortened
+        Keys of tasks whose values have become smaller than those of their kind.
     """
 
     kinds: tuple[Regrouped, ...] = ()
+    parts: dict[Key, GraphNode] = field(default_factory=dict)
+    shortened: set[Key] = field(default_factory=set)
     _roots: dict[Key, tuple[Step, list[Key]]] = field(default_factory=dict)
     _merged_by_part: dict[Key, list[Key]] = field(default_factory=dict)
     _n_readers: Counter[Key] = field(default_factory=Counter)
@@ -111,14 +117,13 @@ class Regrouping:
                 task = tasks[root]
                 assert isinstance(task, Task)
                 tasks[root] = with_inputs(task, step, settled)
-        shortened: set[Key] = set()
         for reader, parts in self._counting:
             pool = pool_by_key.get(reader)
             for part, maker in parts:
-                if pool_by_key.get(part, pool) == pool or maker in shortened:
+                if pool_by_key.get(part, pool) == pool or maker in self.shortened:
                     continue
                 if isinstance(task := tasks.get(maker), Task):
-                    shortened.add(maker)
+                    self.shortened.add(maker)
                     tasks[maker] = with_short_counts(task)
 
 
@@ -254,10 +259,10 @@ def _rebuilt(
             if len(leaves) == 1:
                 inputs += leaves
                 continue
-            name = _name_of_parts(names, step.reduction.family, pool, leaves[0])
-            parts = _parts(name, step.reduction, leaves, most)
+            whole = _name_of_parts(names, step.reduction.family, pool, leaves[0])
+            parts = _parts(f"sub{whole}", whole, step.reduction, leaves, most)
             for key, batch in parts.items():
-                tasks[key] = merged(step.reduction, key, batch)
+                tasks[key] = result.parts[key] = merged(step.reduction, key, batch)
                 nbytes[key] = part_nbytes
             top, batch = parts.popitem()
             result._merged_by_part[top] = batch
@@ -290,8 +295,11 @@ def _name_of_parts(names: dict[tuple[str, str, Key], str], family: str, pool: st
     return name
 
 
-def _parts(name: str, reduction: Reduction, leaves: Sequence[Key], most: int) -> dict[Key, list[Key]]:
-    """Say which parts to merge: keys of what is merged by key of the merged part, the last one made of all."""
+def _parts(name: str, whole: str, reduction: Reduction, leaves: Sequence[Key], most: int) -> dict[Key, list[Key]]:
+    """Say which parts to merge: keys of what is merged by key of the merged part, the last one made of all.
+
+    That has a name of its own: it crosses, so that it may be smaller than the others.
+    """
     digest = _digest((reduction.identity, most, *leaves), 8)
     parts: dict[Key, list[Key]] = {}
     keys = list(leaves)
@@ -300,7 +308,7 @@ def _parts(name: str, reduction: Reduction, leaves: Sequence[Key], most: int) ->
         keys = []
         for batch in batches:
             if len(batch) > 1:
-                parts[key := (name, digest, len(parts))] = batch
+                parts[key := (name if len(batches) > 1 else whole, digest, len(parts))] = batch
                 keys.append(key)
             else:
                 keys += batch
