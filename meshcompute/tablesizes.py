@@ -30,6 +30,9 @@ _FIXED_WIDTH = "biufcmM"  # kinds of dtypes of numpy whose values are all equall
 _TEXT_NBYTES = 20  # of a text or anything else, with its offset: a guess
 _INDEX_NBYTES = 8
 _HASH_COLUMN = "__hash_partition"  # dask.dataframe.dask_expr._merge._HASH_COLUMN_NAME
+# What adds a column: of links in a chain that would otherwise count the same, the one before is cut.
+_WIDENING = {"reset_index", "assign", "AssignPartitioningIndex.operation"}
+_WIDER = 1 + 2**-13
 _SAMPLED_PARTS = 100  # of a container: a task that reads so many files is rare
 
 
@@ -80,6 +83,9 @@ def table_nbytes(function: Any, inputs: Sequence[float]) -> tuple[float, bool] |
         Bytes, and whether that is a guess; None for other functions.
     """
     module = getattr(function, "__module__", None) or ""
+    called = getattr(function, "method", None) or getattr(function, "__qualname__", "")  # dask.utils.methodcaller
+    if called in _WIDENING and module.startswith(("dask.dataframe", "dask.utils")):
+        return max(inputs) * _WIDER, False
     if not module.startswith("dask.dataframe"):
         return None
     name = getattr(function, "__name__", "")

@@ -136,7 +136,7 @@ def judge(workload: Workload, job: Job, *, stock: Run, ours: Run, links: Links, 
     is_finalized = job.kept is None
     given = given_graph(collections, is_finalized=is_finalized)
     unfused = given_graph(collections, is_finalized=is_finalized, is_fused=False)
-    seen: dict[Any, float] = {**ours.nbytes_by_key, **stock.nbytes_by_key}
+    seen: dict[Any, float] = {**stock.nbytes_by_key, **ours.nbytes_by_key}
     _, problem = given.problem(links.sites, seen)
     keys, unfused_problem = unfused.problem(links.sites, seen)
     best = optimum(problem, links, options.time_limit)
@@ -161,7 +161,6 @@ def judge(workload: Workload, job: Job, *, stock: Run, ours: Run, links: Links, 
         measured=links.weigh(ours.bytes_between_sites),
         wrong="; ".join(wrong),
         regroups=workload.regroups,
-        is_stated=workload.is_stated,
     )
     return explained(row, given=given, plans=plans, ours=ours, links=links, time_limit=options.time_limit)
 

@@ -18,9 +18,6 @@ BAR_OPTIMUM = 1.05  # times the optimum of the given graph
 BAR_REGROUPED = 10.0  # times fewer than that, for reductions of interleaved data
 BAR_STOCK = 5.0  # times fewer than stock Dask, median
 TOLERANCE = 0.02  # of what was planned, in what was measured
-# Of the same for tables: a shuffle sends an index and the number of a partition with every row, which the size of a
-# frame in memory does not have in it.
-TOLERANCE_TABLES = 0.4
 SLACK_NBYTES = 4096  # numbers, barriers: what a tiny graph may be off by
 
 
@@ -58,8 +55,6 @@ class Row:
         Which results, stock Dask's and ours, are not what they must be; empty if all are.
     regroups
         Whether a reduction at each site first must save a factor of ten.
-    is_stated
-        Whether sizes can be known before the run.
     why
         What was found out about a bar that is missed.
     """
@@ -78,7 +73,6 @@ class Row:
     measured: float
     wrong: str
     regroups: bool
-    is_stated: bool
     why: str = ""
 
     @property
@@ -101,19 +95,13 @@ class Row:
             found.append(
                 f"planned is {ratio(self.planned, self.optimum):.2f} x the optimum, the bar is {BAR_OPTIMUM:g}"
             )
-        tolerance = TOLERANCE if self.is_stated else TOLERANCE_TABLES
-        if self.measured > self.planned * (1 + tolerance) + SLACK_NBYTES:
+        if self.measured > self.planned * (1 + TOLERANCE) + SLACK_NBYTES:
             found.append(
-                f"measured is {ratio(self.measured, self.planned):.2f} x planned, the bar is {1 + tolerance:g}"
+                f"measured is {ratio(self.measured, self.planned):.2f} x planned, the bar is {1 + TOLERANCE:g}"
             )
-        # What was computed is held against what was computed, and what was measured against what was.
-        for name, rival, ours in (
-            ("stock", self.stock, self.measured),
-            ("layers", self.layers, self.planned),
-            ("single", self.single, self.planned),
-        ):
-            if ours > rival * (1 + TOLERANCE) + SLACK_NBYTES:
-                found.append(f"{name} moves {mb(rival)} MB, we move {mb(ours)}")
+        for name, rival in {"stock": self.stock, "layers": self.layers, "single": self.single}.items():
+            if self.measured > rival * (1 + TOLERANCE) + SLACK_NBYTES:
+                found.append(f"{name} moves {mb(rival)} MB, we move {mb(self.measured)}")
         return found
 
 

@@ -177,13 +177,8 @@ class Given:
 
 
 def true_sizes(tasks: Mapping[Any, Any], estimated: Mapping[Any, float], seen: Mapping[Any, float]) -> dict[Any, float]:
-    """Give every value's size as it was seen, or else as estimated; a shuffle's senders return less than they send."""
-    sizes = {key: float(seen.get(key, estimated.get(key, 0.0))) for key in tasks}
-    for barrier in taskgraph.shuffles_of(dict(tasks)):
-        for sender in tasks[barrier].dependencies:
-            inputs = [sizes[key] for key in tasks[sender].dependencies if key in sizes]
-            sizes[sender] = sum(inputs) if inputs else float(estimated.get(sender, 0.0))
-    return sizes
+    """Give every value's size as it was seen, or else as estimated."""
+    return {key: float(seen.get(key, estimated.get(key, 0.0))) for key in tasks}
 
 
 def given_graph(collections: Sequence[Any], *, is_finalized: bool = True, is_fused: bool = True) -> Given:

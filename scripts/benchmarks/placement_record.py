@@ -1,17 +1,24 @@
 """What the benchmark of placement has on schedulers and workers, which import it: little, since they wait for it.
 
-Covers notes of the size and the maker of every value, and resources that tie tasks to sites in stock Dask.
+Covers notes of the size and the maker of every value, of what the senders of P2P shuffles send (they return a number),
+and resources that tie tasks to sites in stock Dask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from distributed import SchedulerPlugin
+from distributed.shuffle._rechunk import ArrayRechunkRun
+from distributed.shuffle._shuffle import DataFrameShuffleRun
+from distributed.worker import thread_state
 
 RECORD = "placement-record"
+
+#: On a worker: bytes of the pieces that each sender of a shuffle has sent, by its key.
+SENT: dict[Any, int] = {}
 
 
 class Record(SchedulerPlugin):
@@ -58,3 +65,32 @@ def place_resource(pools: Sequence[str]) -> str:
 
 async def have_resources(names: Sequence[str], dask_worker: Any) -> None:
     await dask_worker.set_resources(**dict.fromkeys(names, 1.0))
+
+
+def note_senders() -> None:
+    """Have shuffles note on this worker what they send; once is enough."""
+    for kind in (DataFrameShuffleRun, ArrayRechunkRun):
+        if not hasattr(kind._shard_partition, "is_noting"):
+            kind._shard_partition = _noting(kind._shard_partition)
+
+
+def _noting(shard: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def shard_and_note(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        pieces = shard(*args, **kwargs)
+        SENT[thread_state.key] = sum(_piece_nbytes(piece) for _, piece in pieces.values())
+        return pieces
+
+    shard_and_note.is_noting = True  # type: ignore[attr-defined]
+    return shard_and_note
+
+
+def _piece_nbytes(piece: Any) -> int:
+    """Tell the size of Arrow's message, or of arrays with their places."""
+    return len(piece) if isinstance(piece, bytes) else sum(array.nbytes for _, (_, array) in piece)
+
+
+def take_sent() -> dict[Any, int]:
+    """Hand out what this worker's senders have sent, and begin anew."""
+    sent = dict(SENT)
+    SENT.clear()
+    return sent

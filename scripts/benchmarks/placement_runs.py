@@ -1,7 +1,8 @@
 """Runs of the benchmark of placement, on a mesh whose scheduler is a process of its own.
 
-Covers computing one job as stock Dask does and as we do, what crossed meanwhile, and what the scheduler saw: the true
-size of every value and the site where it was made. Does not cover what should have crossed (``placement_graphs.py``).
+Covers computing one job as stock Dask does and as we do, what crossed meanwhile, and what was seen: the true size of
+every value (of what a shuffle sends, not of the number that its senders return) and the site where it was made. Does
+not cover what should have crossed (``placement_graphs.py``).
 
 Stock Dask gets the graph that we get, fused likewise, with its loads tied to their sites by resources, as a user
 without pools would have to; where the rest runs is its own choice. It goes first, on a scheduler that has nothing of
@@ -23,7 +24,16 @@ from dask.base import collections_to_expr
 from dask.core import flatten
 from distributed import Client, wait
 from placement_graphs import CLIENT, given_graph
-from placement_record import Record, Restrictions, count_tasks, have_resources, place_resource, take_record
+from placement_record import (
+    Record,
+    Restrictions,
+    count_tasks,
+    have_resources,
+    note_senders,
+    place_resource,
+    take_record,
+    take_sent,
+)
 from placement_workloads import Job
 
 from meshcompute import explain, explaining, measure_traffic, propagate_pools
@@ -42,7 +52,7 @@ class Run:
     bytes_between_sites
         What crossed, by ordered pair.
     nbytes_by_key, site_by_key
-        What the scheduler saw.
+        What the scheduler saw; of senders of shuffles, what they sent.
     seconds
         How long it took.
     plans
@@ -83,6 +93,7 @@ class Runner:
             site = str(worker["name"]).rsplit("-", 2)[0]
             names = [place_resource(group) for group in groups if site in group]
             self.client.run(have_resources, names, workers=[address])
+        self.client.run(note_senders)
         self.client.register_plugin(Record())
 
     def stock(self, job: Job) -> Run:
@@ -136,6 +147,8 @@ class Runner:
         for key, (nbytes, worker) in self.client.run_on_scheduler(take_record).items():
             run.nbytes_by_key[key] = nbytes
             run.site_by_key[key] = worker.rsplit("-", 2)[0]
+        for sent in self.client.run(take_sent).values():
+            run.nbytes_by_key.update(sent)
         self._forget()
         return run
 

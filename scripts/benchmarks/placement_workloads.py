@@ -128,15 +128,12 @@ class Workload:
     regroups
         Whether it is a reduction of interleaved data, which a reduction at each site first does with a tenth of the
         bytes of the graph as Dask makes it.
-    is_stated
-        Whether sizes can be known before: chunks and dtypes, not calls of any function or tables.
     """
 
     name: str
     build: Callable[[Sequence[str]], Job]
     config: tuple[tuple[str, Any], ...] = ()
     regroups: bool = False
-    is_stated: bool = True
 
 
 def series(sites: Sequence[str], *, seed: int = 0, is_split: bool, dims: tuple[int, ...] = (SIDE, SIDE)) -> da.Array:
@@ -486,9 +483,9 @@ WORKLOADS = (
     Workload(name="rechunk, tasks", build=rechunked, config=TASKS),
     Workload(name="rechunk, default", build=rechunked),
     Workload(name="svd_compressed", build=singular_values),
-    Workload(name="frames joined", build=joined, is_stated=False),
-    Workload(name="frames grouped", build=grouped, is_stated=False),
-    Workload(name="delayed", build=pipelines, is_stated=False),
+    Workload(name="frames joined", build=joined),
+    Workload(name="frames grouped", build=grouped),
+    Workload(name="delayed", build=pipelines),
     Workload(name="unpinned operand", build=unpinned),
     Workload(name="replicas", build=replicas),
     Workload(name="persisted", build=reused),

@@ -148,7 +148,6 @@ def row_of(figures, **changed):
         measured=1e5,
         wrong="",
         regroups=False,
-        is_stated=True,
     )
     return replace(row, **changed)
 
@@ -163,7 +162,7 @@ def test_good_figures_miss_no_bar(figures):
         ({"wrong": "ours: a result is not right"}, "ours: a result is not right"),
         ({"planned": 1.2e5, "measured": 1.2e5}, "planned is 1.20 x the optimum"),
         ({"measured": 1.2e5}, "measured is 1.20 x planned"),
-        ({"measured": 1.5e5, "is_stated": False}, "measured is 1.50 x planned, the bar is 1.4"),
+        ({"measured": 1.2e5, "single": 1e5}, "single moves 0.100 MB, we move 0.120"),
         ({"layers": 0.5e5}, "layers moves 0.050 MB"),
         ({"stock": 0.5e5}, "stock moves 0.050 MB"),
         ({"regroups": True, "planned": 0.5e5, "measured": 0.5e5}, "planned is 2.0 x below"),

@@ -233,6 +233,19 @@ def test_parts_of_a_table_are_larger_than_their_sums() -> None:
             assert sizes[condensed] <= 0.1 * sizes[part]
 
 
+def test_what_adds_a_column_to_a_table_makes_it_larger() -> None:
+    frame = pd.DataFrame({"a": np.arange(10_000), "b": np.arange(10_000.0), "k": np.arange(10_000) % 7})
+    lazy = dd.from_pandas(frame, npartitions=4).groupby("k").agg(["mean", "std"], split_out=2)
+    dsk = convert_legacy_graph(lazy.optimize(fuse=False).__dask_graph__())
+    sizes = estimate_nbytes(dsk, {})
+    names = {key: getattr(getattr(node, "func", None), "__qualname__", "") for key, node in dsk.items()}
+    wider = [key for key in dsk if key[0].startswith("reset_index") or names[key].startswith("AssignPartitioning")]
+    assert len(wider) == 8
+    for key in wider:
+        (source,) = dsk[key].dependencies
+        assert sizes[key] > sizes[source]
+
+
 def test_a_table_s_part_has_the_size_of_the_files_it_is_read_from_where_that_is_known() -> None:
     # Arrow lists sizes in object stores; of local files dask.dataframe does not ask for them.
     fragments = [(FragmentWrapper(object(), None, file_size=5000), None) for _ in range(2)]
