@@ -158,7 +158,9 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
     for key, seen in known.items():
         if key in tasks and seen.task is not None:
             tasks[key] = seen.task  # its inputs must stay what they were: see Scheduler._generate_taskstates
-    stays = confine(tasks, pins, {key: seen.stays for key, seen in known.items() if seen.stays})
+    own_pins = dict(pins)
+    held_back = {key: seen.stays for key, seen in known.items() if seen.stays}
+    stays = confine(tasks, pins, held_back)
     if stays:
         view.watch_borders()
     if request.is_gathered:
@@ -188,9 +190,12 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         if corrected:
             guessed.clear()
             nbytes = estimate_nbytes(tasks, layers, guessed, {**corrected, **measured})
-        if request.is_propagating and request.is_regrouping and not stays:
-            held = [{*request.keys}, *annotations.values()]
+        if request.is_propagating and request.is_regrouping:
+            held = [{*request.keys}, {key for key, pin in own_pins.items() if pin.pools}, *annotations.values()]
             regrouping = _regroup(expr, tasks, nbytes, pins=pins, known=known, kept=held)
+            if stays and regrouping.kinds:  # a part of what must not leave must not leave either
+                stays = confine(tasks, own_pins, held_back)
+                pins = {key: pin for key, pin in own_pins.items() if pin.pools}
             if kinds_of_parts := learning.kinds_of(regrouping.parts, nbytes):
                 sizes = {key: nbytes[key] for key in regrouping.parts}
                 corrected, learnt_of_parts = learning.correct(sizes, kinds_of_parts, view.learnt(kinds_of_parts))

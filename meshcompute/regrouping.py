@@ -149,7 +149,7 @@ def regroup(
     is_known
         Whether the cluster knows a task already: its inputs stay what they are.
     is_kept
-        Whether a key must not disappear: it is asked for, or has annotations.
+        Whether a key must not disappear: it is asked for, or has annotations or a pin of its own.
     holds
         Whether a condition of :mod:`meshcompute.associative` is known to hold for the values of a layer, by its name.
 
@@ -168,7 +168,7 @@ def regroup(
             steps[key] = step
     if not steps:
         return Regrouping()
-    inner = {key for key, step in steps.items() if step.is_combine and not is_kept(key) and pools_of(key) is None}
+    inner = {key for key, step in steps.items() if step.is_combine and not is_kept(key)}
     names = {alias: target for alias, target in aliases.items() if target in inner}
     homes = Homes(tasks, nbytes, pools_of)
     trees = grown(steps, inner, names)

@@ -115,10 +115,11 @@ def test_no_plan_lets_a_confined_value_be_read_outside_of_its_pools(case):
 # ---------------------------------------------------------------------- through Dask's collections
 
 
-def planned(collection, *, is_gathered=False, is_propagating=True):
+def planned(collection, *, is_gathered=False, is_propagating=True, is_regrouping=True):
     expr = collections_to_expr([collection]).optimize()
     keys = tuple(flatten(expr.__dask_keys__()))
-    return assign(expr, Request(keys=keys, is_gathered=is_gathered, is_propagating=is_propagating), EmptyView())
+    request = Request(keys=keys, is_gathered=is_gathered, is_propagating=is_propagating, is_regrouping=is_regrouping)
+    return assign(expr, request, EmptyView())
 
 
 def borders(assignment):
@@ -165,6 +166,79 @@ def test_a_reduction_may_leave_to_another_pool():
         total = partial + y.sum(0)
     with pytest.raises(errors.SovereigntyError, match="in pool b"):
         planned(total)
+
+
+def alternating(n, *, in_a, in_b):
+    """Blocks that lie in pools a and b in turn."""
+    blocks = []
+    for i in range(n):
+        with pool("ab"[i % 2], never_leave=(in_a, in_b)[i % 2]):
+            blocks.append(da.from_array(np.arange(i, i + 1600.0).reshape(4, 400), chunks=(2, 400)))
+    return blocks
+
+
+def refuses_to_leave(plan, pools):
+    """Check that no reader of a confined value runs outside of its pools. Says how many values are confined."""
+    confined = borders(plan)
+    for key, node in plan.tasks.items():
+        for dep in node.dependencies & confined.keys():
+            assert plan.pool_by_key[dep] in confined[dep]
+            assert plan.pool_by_key[key] in confined[dep]
+    assert {name for names in confined.values() for name in names} == set(pools)
+    return len(confined)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "std", "max"])
+def test_reductions_of_confined_values_and_others_are_regrouped_and_nothing_leaves(reduce):
+    x = getattr(da.concatenate(alternating(24, in_a=True, in_b=False)), reduce)(0)
+    plan = planned(may_leave(x), is_gathered=True)
+    assert plan.regrouped
+    assert refuses_to_leave(plan, "a") > 12
+    crossing = {
+        dep
+        for key, node in plan.tasks.items()
+        for dep in node.dependencies
+        if plan.pool_by_key[dep] != plan.pool_by_key[key]
+    }
+    assert [plan.pool_by_key[key] for key in crossing] == ["b"]  # one part of b's, to where the rest must stay
+    with dask.config.set(scheduler="sync"):
+        expected = x.compute()
+    (key,) = plan.keys
+    np.testing.assert_allclose(dask.get(dict(plan.tasks), key), expected)
+    with pytest.raises(errors.SovereigntyError, match="the client"):
+        planned(x, is_gathered=True)
+
+
+def test_what_may_leave_of_two_pools_is_regrouped_by_pool():
+    parts = [may_leave(block.sum(0)) for block in alternating(24, in_a=True, in_b=True)]
+    x = da.stack(parts).sum(0)
+    plan = planned(x, is_gathered=True)
+    assert plan.regrouped
+    assert refuses_to_leave(plan, "ab") >= 24
+    with dask.config.set(scheduler="sync"):
+        np.testing.assert_allclose(dask.get(dict(plan.tasks), plan.keys[0]), x.compute())
+    with pytest.raises(errors.SovereigntyError, match="'a' and 'b'"):
+        planned(may_leave(da.concatenate(alternating(24, in_a=True, in_b=True)).sum(0)))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "b", "ab", "c"]), st.booleans()), min_size=2, max_size=20))
+def test_regrouped_or_not_the_same_is_refused(places):
+    blocks = []
+    for names, stays in places:
+        with pool(*names, never_leave=stays):
+            blocks.append(da.ones((1, 50), chunks=-1))
+    x = may_leave(da.concatenate(blocks).mean(0))
+    outcomes = []
+    for is_regrouping in (False, True):
+        try:
+            plan = planned(x, is_regrouping=is_regrouping)
+        except errors.SovereigntyError:
+            outcomes.append("refused")
+        else:
+            outcomes.append("planned")
+            if borders(plan):
+                refuses_to_leave(plan, {name for names in borders(plan).values() for name in names})
+    assert outcomes[0] == outcomes[1]
 
 
 def test_marks_survive_dask_optimize_pickle_and_xarray():
