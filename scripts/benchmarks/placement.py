@@ -90,7 +90,7 @@ def open_mesh(sites: Sequence[str]) -> Iterator[Runner]:
             EmbeddedMesh(stores, workers_per_site=WORKERS_PER_SITE, environment=environment) as mesh,
             mesh.client() as client,
         ):
-            runner = Runner(client, sites)
+            runner = Runner(client, stores)
             runner.prepare()
             try:
                 yield runner
@@ -106,7 +106,7 @@ def measure(options: argparse.Namespace, sites: Sequence[str], progress: Progres
     with open_mesh(sites) as runner:
         for workload in options.workloads:
             with dask.config.set(dict(workload.config)):
-                job = workload.build(sites)
+                job = workload.job(sites, runner.stores)
                 jobs[workload.name] = job, runner.stock(job)
             progress.step(f"{len(sites)} sites, {workload.name}: stock Dask, {jobs[workload.name][1].seconds:.1f} s")
         for kind in options.links:

@@ -12,9 +12,10 @@ ours.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -77,13 +78,14 @@ class Runner:
     ----------
     client
         Of the mesh.
-    sites
-        Its sites.
+    stores
+        Folder of each of its sites.
     """
 
-    def __init__(self, client: Client, sites: Sequence[str]) -> None:
+    def __init__(self, client: Client, stores: Mapping[str, Path]) -> None:
         self.client = client
-        self.sites = tuple(sites)
+        self.stores = stores
+        self.sites = tuple(stores)
 
     def prepare(self) -> None:
         """Give workers the resources that stand for sites in stock Dask, and have the scheduler take notes."""

@@ -11,9 +11,9 @@ A series of fields over time lies at the sites in one of two ways::
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import dask
@@ -23,71 +23,14 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 import xarray as xr
+from distributed import Client, LocalCluster
+from placement_fields import Field
 
-from meshcompute import pool
+from meshcompute import open_dataframe, pool
 
 SIDE = 64  # of a field, in points
 STEPS = 2  # of time in a chunk
 N_CHUNKS = 60  # of a series: 2, 3 and 5 sites have equally many
-
-
-class Field:
-    """An array that only the workers of its sites can read, by parts, as arrays in files are read.
-
-    Parameters
-    ----------
-    sites
-        Where it is; nowhere in particular if empty. A process that is no worker of a site may read it too.
-    shape
-        Shape.
-    dtype
-        Type of its values.
-    seed
-        What sets its values apart from those of another one.
-    start
-        Where on the first axis this part begins: parts of one series make up the whole.
-    """
-
-    def __init__(
-        self, sites: Sequence[str], shape: tuple[int, ...], *, dtype: str = "f8", seed: int = 0, start: int = 0
-    ) -> None:
-        self.sites = tuple(sites)
-        self.shape = shape
-        self.ndim = len(shape)
-        self.dtype = np.dtype(dtype)
-        self.seed = seed
-        self.start = start
-
-    def __dask_tokenize__(self) -> tuple[Any, ...]:
-        return ("Field", self.sites, self.shape, str(self.dtype), self.seed, self.start)
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        check_site(self.sites)
-        index = index if isinstance(index, tuple) else (index,)
-        axes = [np.arange(n, dtype="f8") for n in self.shape]
-        axes[0] += self.start
-        index = (*index, *[slice(None)] * (self.ndim - len(index)))
-        kept = [axis[i] for axis, i in zip(axes, index, strict=True)]
-        total = np.zeros([len(axis) for axis in kept if axis.ndim])
-        dim = 0
-        for number, axis in enumerate(kept):
-            wave = np.cos((number + 1.7) * 0.37 * axis + self.seed) + 0.01 * axis
-            if axis.ndim:
-                wave = wave.reshape([-1 if i == dim else 1 for i in range(total.ndim)])
-                dim += 1
-            total = total * wave + wave
-        return total.astype(self.dtype)
-
-    def array(self, chunks: Any) -> da.Array:
-        """Make a Dask array of it."""
-        return da.from_array(self, chunks=chunks, meta=np.empty((0,) * self.ndim, self.dtype), asarray=False)
-
-
-def check_site(sites: Sequence[str]) -> None:
-    """Raise FileNotFoundError on a worker of a site that the data is not at."""
-    here = os.environ.get("POOL_NAME")  # of the workers of an embedded mesh
-    if sites and here is not None and here not in sites:
-        raise FileNotFoundError(f"The data is at {', '.join(sites)}, and this is a worker of {here}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +66,8 @@ class Workload:
         For people.
     build
         Makes the calculation over sites.
+    opens_files
+        Whether it is also given the folder of every site, and a client whose workers are at all of them.
     config
         Of Dask, while it is built and computed.
     regroups
@@ -131,9 +76,27 @@ class Workload:
     """
 
     name: str
-    build: Callable[[Sequence[str]], Job]
+    build: Callable[..., Job]
+    opens_files: bool = False
     config: tuple[tuple[str, Any], ...] = ()
     regroups: bool = False
+
+    def job(self, sites: Sequence[str], stores: Mapping[str, Path]) -> Job:
+        """Make the calculation.
+
+        Notes
+        -----
+        Files are opened by a cluster in this process, so that the scheduler that will run it has nothing of ours when
+        stock Dask's turn comes.
+        """
+        if not self.opens_files:
+            return self.build(sites)
+        resources = dict.fromkeys([f"pool-{site}" for site in sites], 1)
+        with (
+            LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0", resources=resources) as cluster,
+            Client(cluster),
+        ):
+            return self.build(sites, stores)
 
 
 def series(sites: Sequence[str], *, seed: int = 0, is_split: bool, dims: tuple[int, ...] = (SIDE, SIDE)) -> da.Array:
@@ -345,27 +308,24 @@ def singular_values(sites: Sequence[str]) -> Job:
     return Job(results=[lazy], expected=[np.linalg.svd(np.concatenate(truth), compute_uv=False)[:3]])
 
 
-def read_table(part: int, *, site: str, n_rows: int, seed: int) -> pd.DataFrame:
-    """Read a part of a table."""
-    check_site([site] if site else [])
-    rows = np.arange(part * n_rows, (part + 1) * n_rows)
+def true_table(parts: range, *, n_rows: int, seed: int) -> pd.DataFrame:
+    """Give rows of a table."""
+    rows = np.arange(parts.start * n_rows, parts.stop * n_rows)
     values = {f"v{i}": np.cos(rows * 0.1 + seed + i) for i in range(3)}
     return pd.DataFrame({"key": (rows * 7 + seed) % 997, "kind": rows % 10, **values})
 
 
-def table(site: str, parts: range, *, n_rows: int, seed: int) -> Any:
-    """Make a dataframe of parts that lie at a site."""
-    meta = read_table(0, site="", n_rows=1, seed=seed).iloc[:0]
-    with pool(site):
-        return dd.from_map(read_table, list(parts), site=site, n_rows=n_rows, seed=seed, meta=meta)
+def table(stores: Mapping[str, Path], site: str, parts: range, *, n_rows: int, seed: int) -> Any:
+    """Write a table's parts to a site as Parquet, and open it there."""
+    folder = stores[site] / f"table-{seed}-{n_rows}"
+    folder.mkdir(exist_ok=True)
+    for part in parts:
+        one = true_table(range(part, part + 1), n_rows=n_rows, seed=seed)
+        one.to_parquet(folder / f"{part:03}.parquet", index=False)
+    return open_dataframe(site, folder)
 
 
-def true_table(parts: range, *, n_rows: int, seed: int) -> pd.DataFrame:
-    """Give the same in pandas."""
-    return pd.concat([read_table(part, site="", n_rows=n_rows, seed=seed) for part in parts])
-
-
-def joined(sites: Sequence[str]) -> Job:
+def joined(sites: Sequence[str], stores: Mapping[str, Path]) -> Job:
     """Join tables of all sites but one with a small one at the last, and sum by kind."""
     n_parts, n_rows = 12, 4000
 
@@ -374,21 +334,22 @@ def joined(sites: Sequence[str]) -> Job:
 
     per_site = n_parts // (len(sites) - 1)
     parts = [range(i * per_site, (i + 1) * per_site) for i in range(len(sites) - 1)]
-    lefts = [table(site, part, n_rows=n_rows, seed=1) for site, part in zip(sites, parts, strict=False)]
+    lefts = [table(stores, site, part, n_rows=n_rows, seed=1) for site, part in zip(sites, parts, strict=False)]
     left = lefts[0] if len(lefts) == 1 else dd.concat(lefts)
-    right = table(sites[-1], range(4), n_rows=250, seed=2)
+    right = table(stores, sites[-1], range(4), n_rows=250, seed=2)
     truth = totals(true_table(range(n_parts), n_rows=n_rows, seed=1), true_table(range(4), n_rows=250, seed=2))
     return Job(results=[totals(left, right)], expected=[truth])
 
 
-def grouped(sites: Sequence[str]) -> Job:
+def grouped(sites: Sequence[str], stores: Mapping[str, Path]) -> Job:
     """Statistics by kind of tables that lie at all sites."""
 
     def statistics(frame: Any) -> Any:
         return frame.groupby("kind")[["v0", "v1"]].agg(["mean", "std"])
 
     per_site = 30 // len(sites)
-    frames = [table(site, range(i * per_site, (i + 1) * per_site), n_rows=2000, seed=1) for i, site in enumerate(sites)]
+    parts = [range(i * per_site, (i + 1) * per_site) for i in range(len(sites))]
+    frames = [table(stores, site, part, n_rows=2000, seed=1) for site, part in zip(sites, parts, strict=True)]
     truth = statistics(true_table(range(per_site * len(sites)), n_rows=2000, seed=1))
     return Job(results=[statistics(dd.concat(frames))], expected=[truth])
 
@@ -483,8 +444,8 @@ WORKLOADS = (
     Workload(name="rechunk, tasks", build=rechunked, config=TASKS),
     Workload(name="rechunk, default", build=rechunked),
     Workload(name="svd_compressed", build=singular_values),
-    Workload(name="frames joined", build=joined),
-    Workload(name="frames grouped", build=grouped),
+    Workload(name="frames joined", build=joined, opens_files=True),
+    Workload(name="frames grouped", build=grouped, opens_files=True),
     Workload(name="delayed", build=pipelines),
     Workload(name="unpinned operand", build=unpinned),
     Workload(name="replicas", build=replicas),

@@ -205,10 +205,13 @@ def test_a_field_can_be_read_by_workers_of_its_sites_alone(workloads, monkeypatc
 
 
 @pytest.mark.parametrize("n_sites", [2, 3, 5])
-@pytest.mark.parametrize("name", ["headline", "mean, interleaved", "covariance", "sparse regrid", "delayed"])
-def test_a_workload_computes_what_numpy_does(workloads, runs, name, n_sites):
-    workload = next(w for w in workloads.WORKLOADS if w.name == name)
-    job = workload.build("abcde"[:n_sites])
+@pytest.mark.parametrize("name", ["headline", "mean, interleaved", "covariance", "sparse regrid", "delayed", "frames"])
+def test_a_workload_computes_what_numpy_and_pandas_do(workloads, runs, name, n_sites, tmp_path):
+    workload = next(w for w in workloads.WORKLOADS if w.name.startswith(name))
+    stores = {site: tmp_path / site for site in "abcde"[:n_sites]}
+    for store in stores.values():
+        store.mkdir()
+    job = workload.job(tuple(stores), stores)
     with dask.config.set(scheduler="sync"):
         assert all(runs.is_right(r.compute(), e) for r, e in zip(job.results, job.expected, strict=True))
 
