@@ -13,7 +13,7 @@ from distributed import Client, Future, futures_of, get_worker, wait
 from distributed.worker_client import worker_client
 from waiting import wait_until
 
-from meshcompute import errors, may_leave, measure_traffic, pool, propagate_pools
+from meshcompute import errors, explain, may_leave, measure_traffic, pool, propagate_pools
 
 
 def raw(shape: tuple[int, int] = (400, 400)) -> da.Array:
@@ -73,6 +73,22 @@ def test_a_reduction_that_may_leave_is_worked_on_at_another_site(sites: Any) -> 
     with propagate_pools(), measure_traffic() as traffic:
         assert (partial + other).sum().compute() > 400 * 400 * 400
     assert 400 * 8 <= traffic.bytes_between_pools["a", "b"] < 50_000
+
+
+def test_a_reduction_of_raw_and_other_data_is_regrouped_where_the_raw_data_is(sites: Any) -> None:
+    blocks = []
+    for i in range(24):
+        with pool("ab"[i % 2], never_leave=i % 2 == 0):
+            blocks.append(da.random.default_rng(i).random((2, 5000), chunks=-1))
+    reduced = may_leave(da.concatenate(blocks).std(0))
+    with propagate_pools(), measure_traffic() as traffic:
+        plan = explain(reduced)
+        result = reduced.compute()
+    with dask.config.set(scheduler="sync"):
+        np.testing.assert_allclose(result, reduced.compute())
+    assert "1 reductions regrouped" in str(plan)
+    assert traffic.bytes_between_pools.get(("a", "b"), 0) == 0
+    assert 5000 * 8 <= traffic.bytes_between_pools["b", "a"] <= 5000 * 8 * 2 + 1000  # totals and squares, once
 
 
 def test_gather_is_refused_to_every_client(held: list[Future], stranger: Client, sites: Any) -> None:
