@@ -9,14 +9,20 @@ Notes
 A *lane* is a set of demands on workers, for example ``{"pool-ecmwf": 0}`` or ``{"pool-ecmwf": 0, "GPU": 1}``,
 with the workers that meet it. Tasks of one lane are interchangeable for the scheduler, tasks of two are not: the
 front task of one cluster-wide queue could belong to a full pool while another pool idles.
+
+So one lane may start tasks before those of another lane that come first. Where what it makes is read in other pools,
+those set the pace (a join of two sites' data runs at one of them, and the other one only loads): values that wait for
+tasks elsewhere are a lane's *exports*, and with two rounds of them about, it waits for its turn in the common order.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, MutableSet
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet
 from typing import Any, TypeVar, cast
 
 from distributed.collections import HeapSet
@@ -42,6 +48,8 @@ Decision = TypeVar("Decision", bound=Callable[..., Any])
 
 # Beyond this many lanes, those without queued tasks are forgotten: amounts such as MEMORY=1.37e9 can differ per task.
 _MAX_LANES = 64
+# What a lane may be ahead of the common order, in rounds of its workers' slots.
+_ROUNDS = 2
 
 
 def or_stock(default: Any) -> Callable[[Decision], Decision]:
@@ -151,7 +159,7 @@ class Lane:
         Resource name to the amount that a task needs.
     """
 
-    __slots__ = ("demands", "idle", "lanes", "n_present", "nthreads", "pool", "ring", "workers")
+    __slots__ = ("demands", "exports", "idle", "lanes", "n_present", "nthreads", "pool", "ring", "slots", "workers")
 
     def __init__(self, pool: str, demands: Mapping[str, float]) -> None:
         #: Who keeps it up to date; nobody any more once it is forgotten.
@@ -168,9 +176,31 @@ class Lane:
         self.nthreads = 0
         #: Workers that meet the demands, paused and retiring ones included.
         self.n_present = 0
+        #: Queued tasks that the workers start at once, as Dask counts slots.
+        self.slots = 0.0
+        #: Values of this lane, or relays of them, that tasks of other pools wait for, or did.
+        self.exports: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __repr__(self) -> str:
         return f"<Lane {self.demands} workers={len(self.workers)} idle={len(self.idle)}>"
+
+    def is_ahead(self) -> bool:
+        """Whether as many values wait for tasks of other pools as the workers make in two rounds.
+
+        Notes
+        -----
+        One round is worked on while the next one is on its way.
+        """
+        n, done = 0, []
+        for ts in self.exports:
+            if ts.state != "memory" or all(pool_of(waiter) == self.pool for waiter in ts.waiters or ()):
+                done.append(ts)
+                continue
+            n += 1
+            if n >= _ROUNDS * self.slots:
+                break
+        self.exports.difference_update(done)
+        return n >= _ROUNDS * self.slots
 
 
 class Lanes:
@@ -237,6 +267,23 @@ class Lanes:
         for ws, lanes in self._of_worker.items():
             self._of_worker[ws] = [lane for lane in lanes if lane.lanes is self]
 
+    def note_value(self, ts: Any) -> None:
+        """Note that a task has ended: its value may be one that other pools wait for.
+
+        Parameters
+        ----------
+        ts
+            The scheduler's state of a task that has a pool.
+        """
+        lane = self.of(ts)
+        if lane is None or len(self._by_demands) < 2:
+            return
+        if any(pool_of(waiter) != lane.pool for waiter in ts.waiters or ()):
+            lane.exports.add(ts)
+        if ts.resource_restrictions.is_fetching and ts.prefix.name.startswith("relay-"):
+            for source in filter(None, map(self.of, ts.dependencies)):  # there it is gone, and here it waits
+                source.exports.add(ts)
+
     def refresh(self) -> None:
         """Find the workers of every lane again."""
         self._is_stale = False
@@ -251,6 +298,8 @@ class Lanes:
         lane.ring = sorted(lane.workers, key=lambda ws: str(ws.address))
         lane.idle = {ws for ws in lane.workers if ws in self._scheduler.idle_task_count}
         lane.nthreads = sum(ws.nthreads for ws in lane.workers)
+        rate = self._scheduler.WORKER_SATURATION
+        lane.slots = rate if math.isinf(rate) else sum(max(math.ceil(rate * ws.nthreads), 1) for ws in lane.workers)
         for ws in lane.workers:
             self._of_worker.setdefault(ws, []).append(lane)
 
@@ -409,7 +458,7 @@ class PoolQueue(MutableSet[Any]):
         return counts
 
     def next_to_start(self, idle: set[Any], refused: set[Lane | None]) -> tuple[Lane | None, Any] | None:
-        """Choose the task to start next: the first one of those whose lane has a free slot.
+        """Choose the task to start next: the first one whose lane has a free slot, and is not ahead of the others.
 
         Parameters
         ----------
@@ -423,11 +472,18 @@ class PoolQueue(MutableSet[Any]):
         (Lane or None, TaskState) or None
             The task with its lane; None if there is none to start.
         """
-        best: tuple[Lane | None, Any] | None = None
-        for lane, heap in self._heaps.items():
-            if not heap or lane in refused or not (idle if lane is None else lane.idle):
+        fronts = sorted([(heap.peek().priority, lane) for lane, heap in self._heaps.items() if heap], key=_first)
+        for i, (priority, lane) in enumerate(fronts):
+            if lane in refused or not (idle if lane is None else lane.idle):
                 continue
-            front = heap.peek()
-            if best is None or front.priority < best[1].priority:
-                best = lane, front
-        return best
+            if lane is None or not (_has_turn_before(fronts[:i], priority) and lane.is_ahead()):
+                return lane, self._heaps[lane].peek()
+        return None
+
+
+_first = operator.itemgetter(0)
+
+
+def _has_turn_before(fronts: Iterable[tuple[Any, Lane | None]], priority: Any) -> bool:
+    """Whether one of other queues' first tasks, which come first, is of the same graph, and will be started."""
+    return any((lane is None or lane.workers) and before[:-1] == priority[:-1] for before, lane in fronts)

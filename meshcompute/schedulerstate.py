@@ -225,6 +225,7 @@ class PoolScheduler(BorderScheduler):
         pool = pool_of(ts)
         if pool is not None and worker in self.workers:
             self.pool_counts["finished"] += 1
+            self.pool_lanes.note_value(ts)
             if worker not in self.resources.get(POOL_PREFIX + pool, ()):
                 self.pool_counts["wrong_pool"] += 1
                 logger.error("A task ran outside of its pool. key=%s pool=%s worker=%s", ts.key, pool, worker)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import pickle
+import weakref
 from types import SimpleNamespace
 
 import distributed
@@ -88,7 +90,9 @@ class Task:
     """The part of a scheduler's task that pools look at."""
 
     def __init__(self, pool: str | None = None, priority: int = 0, *, pinned: bool = True, **demands: float) -> None:
-        self.key = self.priority = priority
+        self.key = priority
+        self.priority = (0, 1, priority)
+        self.state, self.waiters, self.dependencies = "waiting", set(), set()
         self.annotations: dict | None = None
         self.resource_restrictions = Held(pool, demands, is_pinned=pinned) if pool else demands or None
 
@@ -142,7 +146,11 @@ class FakeScheduler(SimpleNamespace):
             for resource, amount in offers.items():
                 resources.setdefault(resource, {})[name] = amount
         super().__init__(
-            workers=workers, resources=resources, running=set(workers.values()), idle_task_count=set(workers.values())
+            WORKER_SATURATION=1.1,
+            workers=workers,
+            resources=resources,
+            running=set(workers.values()),
+            idle_task_count=set(workers.values()),
         )
 
 
@@ -222,7 +230,7 @@ def test_a_queue_starts_the_first_task_that_a_free_worker_may_take(tasks, idle_n
     left = queued - gone
     assert set(queue) == left
     assert len(queue) == len(left)
-    assert [t.priority for t in queue.sorted()] == sorted(t.priority for t in left)
+    assert [t.key for t in queue.sorted()] == sorted(t.key for t in left)
     assert queue.has_pools() == any(pool_of(t) for t in left)
 
     free = {name[0] for name in idle_names}
@@ -232,6 +240,68 @@ def test_a_queue_starts_the_first_task_that_a_free_worker_may_take(tasks, idle_n
     if found:
         other = queue.next_to_start(scheduler.idle_task_count, {found[0]})
         assert other is None or pool_of(other[1]) != pool_of(found[1])
+
+
+def two_queues(n_exports, *, graph_of_b=1, workers_of_a=("a0",)):
+    """Loads of a and b in turn, b's worker free; b has made values that wait for tasks of a."""
+    offers = {name: {f"pool-{name[0]}": 1} for name in (*workers_of_a, "b0")}
+    scheduler = FakeScheduler(offers)
+    scheduler.idle_task_count = {scheduler.workers["b0"]}
+    lanes = Lanes(scheduler, lambda lane: True)
+    queue = PoolQueue(lanes.of)
+    loads = [Task("ab"[i % 2], 10 + i) for i in range(8)]
+    for load in loads:
+        if pool_of(load) == "b":
+            load.priority = (0, graph_of_b, load.key)
+        queue.add(load)
+    values = [Task("b", i) for i in range(n_exports)]
+    for value in values:
+        value.waiters = {Task("a", 100)}
+        lanes.note_value(value)
+        value.state = "memory"
+    return queue, scheduler.idle_task_count, values
+
+
+# Two threads, of which distributed fills three slots; two rounds of that.
+AHEAD = 6
+
+
+def test_a_pool_whose_values_pile_up_for_another_pool_waits_for_its_turn():
+    queue, idle, values = two_queues(AHEAD)
+    assert queue.next_to_start(idle, set()) is None
+    values[0].state = "released"  # read
+    assert queue.next_to_start(idle, set())[1].key == 11
+
+
+def test_a_pool_whose_values_are_few_or_read_at_home_does_not_wait():
+    queue, idle, values = two_queues(AHEAD - 1)
+    assert queue.next_to_start(idle, set())[1].key == 11
+    queue, idle, values = two_queues(2 * AHEAD)
+    for value in values:
+        value.waiters = {Task("b", 100)}
+    assert queue.next_to_start(idle, set())[1].key == 11
+
+
+def test_a_pool_waits_for_no_other_graph_and_for_no_pool_without_workers():
+    queue, idle, _ = two_queues(AHEAD, graph_of_b=2)
+    assert queue.next_to_start(idle, set())[1].key == 11
+    queue, idle, _ = two_queues(AHEAD, workers_of_a=())
+    assert queue.next_to_start(idle, set())[1].key == 11
+
+
+def test_the_first_task_of_all_never_waits():
+    queue, idle, _ = two_queues(AHEAD)
+    queue.discard(next(task for task in queue if task.key == 10))
+    assert queue.next_to_start(idle, set())[1].key == 11
+
+
+def test_values_that_are_gone_are_not_kept_by_the_count_of_them():
+    queue, idle, values = two_queues(AHEAD)
+    left = weakref.ref(values[0])
+    values.clear()
+    gc.collect()
+    assert left() is None
+    assert queue.next_to_start(idle, set()) is not None
 
 
 # ---------------------------------------------------------------------- shuffles and errors
