@@ -11,7 +11,8 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, SchedulerPlugin, futures_of, get_worker
+from distributed import Client, Event, SchedulerPlugin, futures_of, get_worker
+from waiting import wait_until
 
 from meshcompute.clients import pool, propagate_pools
 from meshcompute.explaining import explain
@@ -111,6 +112,44 @@ def test_only_graphs_submitted_under_propagate_pools_are_placed(sites: Any) -> N
         )
         assert all(set(demands[str(future.key)]) <= {"pool-a", "pool-b"} for future in futures_of(placed))
         assert not any(demands[str(future.key)] for future in futures_of(plain))
+
+
+def test_a_site_that_only_loads_keeps_pace_with_the_one_that_joins(sites: Any) -> None:
+    n, most = 64, 3 * 2 * 3  # two rounds and the one at work, of two workers that get three loads at once each
+
+    def join(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        Event("loads may be joined").wait()
+        return x + y
+
+    x, y = make("a", (n, 10), (1, 10)), make("b", (n, 10), (1, 10))
+    total = da.map_blocks(join, x[:-1], y[1:], dtype=float, meta=np.empty((0, 0))).sum()
+
+    def loads(dask_scheduler: Any) -> tuple[int, int, int]:
+        """Loads at work, joins at work, and the loads of one pool that are in memory."""
+        at_work = [
+            ts.prefix.name.startswith("values") for ws in dask_scheduler.workers.values() for ts in ws.processing
+        ]
+        there = [
+            ts.resource_restrictions.pool
+            for ts in dask_scheduler.tasks.values()
+            if ts.state == "memory" and ts.prefix.name.startswith("getitem")
+        ]
+        return sum(at_work), len(at_work) - sum(at_work), max(map(there.count, there), default=0)
+
+    with propagate_pools():
+        future = sites.client.compute(total)
+    found: list[tuple[int, int, int]] = []
+
+    def is_settled() -> bool:
+        found.append(sites.client.run_on_scheduler(loads))
+        return found[-1][0] == 0 and found[-1][1] >= 4  # joins wait on all threads of a pool
+
+    wait_until(is_settled, "loads that wait for joins")
+    try:
+        assert found[-1][2] <= most
+    finally:
+        Event("loads may be joined").set()
+    assert future.result() > 0
 
 
 class Witness(SchedulerPlugin):  # type: ignore[misc]

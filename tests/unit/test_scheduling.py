@@ -249,6 +249,7 @@ def two_queues(n_exports, *, graph_of_b=1, workers_of_a=("a0",)):
     scheduler.idle_task_count = {scheduler.workers["b0"]}
     lanes = Lanes(scheduler, lambda lane: True)
     queue = PoolQueue(lanes.of)
+    queue.lanes = lanes
     loads = [Task("ab"[i % 2], 10 + i) for i in range(8)]
     for load in loads:
         if pool_of(load) == "b":
@@ -279,6 +280,21 @@ def test_a_pool_whose_values_are_few_or_read_at_home_does_not_wait():
     queue, idle, values = two_queues(2 * AHEAD)
     for value in values:
         value.waiters = {Task("b", 100)}
+    assert queue.next_to_start(idle, set())[1].key == 11
+
+
+def test_a_relayed_value_counts_until_it_is_read_at_its_destination():
+    queue, idle, values = two_queues(AHEAD)
+    for i, value in enumerate(values):
+        relay = Task("a", 50 + i)
+        relay.resource_restrictions = Held("a", is_pinned=False, is_fetching=True)
+        relay.prefix = SimpleNamespace(name="relay-a-load")
+        relay.dependencies, relay.waiters = {value}, {Task("a", 100)}
+        queue.lanes.note_value(relay)
+        value.state, relay.state = "released", "memory"
+        values[i] = relay
+    assert queue.next_to_start(idle, set()) is None
+    values[0].waiters.clear()
     assert queue.next_to_start(idle, set())[1].key == 11
 
 
