@@ -92,6 +92,16 @@ class Contraction:
         fixed[vertices] = labels
         self._apply(fixed, np.arange(len(fixed)))
 
+    def merge(self, partners: Array) -> None:
+        """Let vertices of the core share a pool, whether or not that costs nothing.
+
+        Parameters
+        ----------
+        partners
+            For every vertex, one with which it will share, or itself, shape (m,).
+        """
+        self._apply(np.full(len(partners), -1), partners)
+
     def expand(self, labels: Array) -> Array:
         """Make a plan of everything from a plan of the core.
 

@@ -13,9 +13,11 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-__all__ = ["Core", "attractive", "components"]
+__all__ = ["Core", "attractive", "best_start", "components"]
 
 Array = np.ndarray[Any, Any]
+
+_MAX_LEVELS = 100  # of vertices that read from one another
 
 
 def components(n: int, first: Array, second: Array) -> Array:
@@ -136,3 +138,83 @@ def attractive(core: Core) -> Array:
         worth = weights[core.nets[placed]] * costs.max(axis=1)[homes[placed]]
         pull += np.bincount(core.readers[placed] * k + homes[placed], weights=worth, minlength=m * k)
     return np.asarray(np.argmin(core.prices - pull.reshape(m, k), axis=1))
+
+
+def best_start(core: Core) -> Array:
+    """Take the cheapest of: a tree's plan, all where they are cheapest, or where most of their inputs are, or together.
+
+    Parameters
+    ----------
+    core
+        The hypergraph.
+
+    Returns
+    -------
+    ndarray of int
+        A pool for every vertex, shape (m,).
+    """
+    cheapest = np.argmin(core.prices, axis=1)
+    single = [np.where(np.isinf(core.prices[:, pool]), cheapest, pool) for pool in range(core.n_pools)]
+    return min([_treelike(core), cheapest, attractive(core), *single], key=core.cost)
+
+
+def _treelike(core: Core) -> Array:
+    """Choose pools as if every value had a copy for each reader, so that the graph is a tree; exact where it is one.
+
+    Notes
+    -----
+    Costs flow from inputs to readers, each of which gets its share, then choices flow back, level by level. The end of
+    a path that is longer than all levels does not wait for its beginning.
+    """
+    m, k = core.prices.shape
+    own = np.flatnonzero(core.sources >= 0)
+    makers = np.maximum(core.sources, 0)
+    counts = np.maximum(np.bincount(core.nets, minlength=len(core.sources)), 1)
+    levels = np.zeros(m, dtype=np.int64)
+    inner = core.sources[core.nets] >= 0
+    tails, heads = makers[core.nets[inner]], core.readers[inner]
+    for _ in range(_MAX_LEVELS):
+        later = levels[tails] + 1
+        behind = later > levels[heads]
+        if not behind.any():
+            break
+        np.maximum.at(levels, heads[behind], later[behind])
+    levels = np.minimum(levels, _MAX_LEVELS)
+    n_levels = int(levels.max(initial=0)) + 1
+    unpaid = (core.present[:, None] >> np.arange(k)) & 1 == 0
+    shares = np.maximum(np.bincount(makers[own], weights=counts[own], minlength=m), 1.0)
+
+    def messages(nets: Array, upstream: Array) -> Array:
+        """Tell how much more a reader costs in each pool, given what the maker of its input does, shape (n, k)."""
+        offers = np.full((len(nets), k), np.inf)
+        for home in range(k):
+            for pool in range(k):
+                paid = np.where(unpaid[nets, pool], core.paid(nets, home, pool), 0.0) / counts[nets]
+                np.minimum(offers[:, pool], upstream[:, home] + paid, out=offers[:, pool])
+        return np.asarray(offers - offers.min(axis=1, keepdims=True))
+
+    received = np.zeros((len(core.sources), k))
+    placed = np.flatnonzero(core.sources < 0)
+    received[placed] = messages(placed, np.where(~core.sources[placed, None] == np.arange(k), 0.0, np.inf))
+    pairs_read = _by_level(levels[core.readers], n_levels)
+    nets_made = [own[chosen] for chosen in _by_level(levels[makers[own]], n_levels)]
+    pairs_made = _by_level(np.where(inner, levels[makers[core.nets]], n_levels), n_levels)
+    costs = core.prices.copy()
+    for level in range(n_levels):
+        pairs, nets = pairs_read[level], nets_made[level]
+        np.add.at(costs, core.readers[pairs], received[core.nets[pairs]])
+        received[nets] = messages(nets, costs[makers[nets]] / shares[makers[nets], None])
+    labels = np.argmin(costs, axis=1)
+    for level, vertices in reversed(list(enumerate(_by_level(levels, n_levels)))):
+        nets, there = core.nets[pairs_made[level]], labels[core.readers[pairs_made[level]]]
+        asked = np.unique((nets * k + there)[unpaid[nets, there]])
+        nets, there = np.divmod(asked, k)
+        for home in range(k):
+            np.add.at(costs[:, home], makers[nets], core.paid(nets, home, there))
+        labels[vertices] = np.argmin(costs[vertices], axis=1)
+    return np.asarray(labels)
+
+
+def _by_level(levels: Array, n_levels: int) -> list[Array]:
+    order = np.argsort(levels, kind="stable")
+    return np.split(order, np.searchsorted(levels[order], np.arange(1, n_levels + 1)))[:n_levels]

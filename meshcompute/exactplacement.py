@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from meshcompute.bisection import bisect
 from meshcompute.contraction import Contraction
 from meshcompute.core import Core, components
-from meshcompute.mincut import split
 from meshcompute.multiway import search
 from meshcompute.objective import FREE, ContradictingPinsError, Flat, Placement, Terms
 
@@ -35,7 +35,7 @@ def solve(terms: Terms) -> Placement:
     Returns
     -------
     Placement
-        The plan; for two pools there is none that costs less.
+        The plan; for two pools there is none that costs less, unless what is left for the search is very large.
 
     Raises
     ------
@@ -66,7 +66,7 @@ def solve(terms: Terms) -> Placement:
         rest = contraction.run()
         found, least = np.zeros(0, dtype=np.int64), 0.0
         if len(rest.prices):
-            found, least = (split if len(pools) == 2 else search)(rest)
+            found, least = (bisect if len(pools) == 2 else search)(rest)
         plan = contraction.expand(found)
         labels = np.where(reaches[group], pools[plan], FREE)
         cost = core.cost(plan)

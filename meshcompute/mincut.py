@@ -158,13 +158,15 @@ def _residual(
         unit /= 2.0 ** max(1, math.floor(math.log2(_LARGEST / (len(widths) + 1))))
 
 
-def split(core: Core) -> tuple[Array, float]:
+def split(core: Core, *, is_rough: bool = False) -> tuple[Array, float]:
     """Find the cheapest plan of a core for two pools.
 
     Parameters
     ----------
     core
         What is to be placed.
+    is_rough
+        As in :meth:`Network.cut`.
 
     Returns
     -------
@@ -192,5 +194,5 @@ def split(core: Core) -> tuple[Array, float]:
             core.readers[chosen] + 2,
             is_reversed=pool == 1,
         )
-    sides, flow = network.cut()
+    sides, flow = network.cut(is_rough=is_rough)
     return np.where(sides[2 : m + 2], 0, 1), float(core.prices.min(axis=1).sum()) + flow

@@ -1,8 +1,9 @@
 """Place a core in more than two pools.
 
-Covers minimum cuts that isolate one pool from all others, whose sides are final; expansions, which let one pool take
-whatever it is cheaper to have there, by one cut each; and what no plan costs less than. Does not cover the cuts
-themselves (:mod:`meshcompute.mincut`) or single moves (:mod:`meshcompute.localsearch`).
+Covers minimum cuts that isolate one pool from all others, whose sides are final; choices of every vertex between two
+pools of its own, by one cut each: stay or go to a given pool (an expansion), the one or the other of two pools (a
+swap); and what no plan costs less than. Does not cover the cuts themselves (:mod:`meshcompute.bisection`) or single
+moves (:mod:`meshcompute.localsearch`).
 
 Why isolating cuts are final where every pair of pools costs the same: take any plan and give pool p all of S, the side
 of p in a minimum cut between p and the rest. A value pays one more pool only if it was none of p's and S holds a part
@@ -11,7 +12,9 @@ around p does, and as the cut of S is minimal, that is nothing.
 
 With one pool per isolated side and the best single pool for the rest, a plan costs at most 2 - 2/k times the optimum:
 the cuts cost no more than what surrounds each pool in the best plan, which counts every value at most twice as often as
-it crosses. Other costs have no such bound: there the cuts are a way to find good moves, judged by what they cost.
+it crosses. Other costs have no such bound: there the cuts are a way to find good moves, judged by what they cost. A
+swap is a cut whatever links cost; so is an expansion to a pool from which nothing is cheaper to send than from where it
+is now. Elsewhere an expansion is the cut of an upper bound that is right for the plan as it is, so it never costs more.
 
 References
 ----------
@@ -26,8 +29,9 @@ from typing import Any
 
 import numpy as np
 
+from meshcompute.bisection import bisect, is_large
 from meshcompute.contraction import Contraction
-from meshcompute.core import Core, attractive
+from meshcompute.core import Core, best_start
 from meshcompute.localsearch import Board, Partition
 from meshcompute.mincut import Network
 
@@ -37,9 +41,9 @@ Array = np.ndarray[Any, Any]
 
 _TOLERANCE = 1e-12
 _MAX_CYCLES = 4
-# Arcs of all cuts together. Up to some ten thousand vertices nothing is left out; a million would take longer to place
-# than to run otherwise, and a cut may hold the interpreter as long as it takes.
-_MAX_ARCS = 3_000_000
+# Arcs of all cuts together: what keeps the time of a search, some seconds at most, from growing with the graph. Of cores
+# of ten thousand vertices, hardly anything is left out; three million saved them less than a thousandth more.
+_MAX_ARCS = 600_000
 _SMALL = 2000  # vertices that single moves, in plain Python, are worth trying on
 
 
@@ -62,19 +66,19 @@ def search(core: Core) -> tuple[Array, float]:
     if not _is_uniform(core):
         level, _ = search(_levelled(core))
         budget = _MAX_ARCS if _n_arcs(core) * core.n_pools <= _MAX_ARCS else 0
-        found = _expanded(core, min(level, _best_start(core), key=core.cost), budget)
+        found = _expanded(core, min(level, best_start(core), key=core.cost), budget)
         return (_moved(core, found) if len(found) <= _SMALL else found), least
     isolated = Contraction(core)
     budget = _MAX_ARCS
     for pool in range(core.n_pools):
         budget -= _n_arcs(isolated.core)
-        if budget < 0:
+        if budget < 0 or is_large(isolated.core):
             break
         side = np.flatnonzero(_isolated(isolated.core, pool))
         isolated.fix(side, np.full(len(side), pool))
     contraction = Contraction(isolated.core)
     rest = contraction.run()
-    found = _expanded(rest, _best_start(rest), budget)
+    found = _expanded(rest, best_start(rest), budget)
     if len(found) <= _SMALL:
         found = _moved(rest, found)
     return isolated.expand(contraction.expand(found)), least
@@ -166,22 +170,29 @@ def _isolated(core: Core, pool: int) -> Array:
     return network.cut(is_largest=True)[0][2 : m + 2]
 
 
-def _best_start(core: Core) -> Array:
-    """Take the cheapest of: every vertex where it is cheapest, or where most of its inputs are, or all in one pool."""
-    cheapest = np.argmin(core.prices, axis=1)
-    single = [np.where(np.isinf(core.prices[:, pool]), cheapest, pool) for pool in range(core.n_pools)]
-    return min([cheapest, attractive(core), *single], key=core.cost)
-
-
 def _expanded(core: Core, labels: Array, budget: int) -> Array:
-    """Let pools take vertices, one pool after the other, until that saves nothing or the budget of arcs is spent."""
+    """Offer every vertex another pool, by one cut for all, until no offer saves anything or the budget is spent.
+
+    First each pool in turn may take whatever is cheaper there; where links differ, vertices of each two pools may also
+    change sides, which is always an exact cut.
+    """
+    k = core.n_pools
     cost = core.cost(labels)
+    offers: list[tuple[int, int, bool]] = [(pool, pool, False) for pool in range(k)]
+    if not _is_uniform(core):
+        offers += [(pool, pool, True) for pool in range(k)]
+        offers += [(first, second, False) for first in range(k) for second in range(first)]
     since = 0
-    for turn in range(_MAX_CYCLES * core.n_pools):
+    for turn in range(_MAX_CYCLES * len(offers)):
         budget -= _n_arcs(core)
-        if not len(labels) or since == core.n_pools or budget < 0:
+        if not len(labels) or since == len(offers) or budget < 0:
             break
-        offer = _expansion(core, labels, turn % core.n_pools)
+        first, second, is_source_paying = offers[turn % len(offers)]
+        if first == second:
+            offer = _chosen(core, labels, np.full(len(labels), first), is_source_paying=is_source_paying)
+        else:
+            both = (labels == first) | (labels == second)
+            offer = _chosen(core, np.where(both, first, labels), np.where(both, second, labels))
         since += 1
         if (offered := core.cost(offer)) < cost * (1.0 - _TOLERANCE):
             labels, cost, since = offer, offered, 0
@@ -232,40 +243,114 @@ def _moved(core: Core, labels: Array) -> Array:
     return min((labels, moved), key=core.cost)
 
 
-def _expansion(core: Core, labels: Array, pool: int) -> Array:
-    """Find the best plan in which every vertex keeps its pool or goes to a given one.
+def _chosen(core: Core, stay: Array, go: Array, *, is_source_paying: bool = False) -> Array:
+    """Find the best plan in which every vertex is in the one or the other of two pools of its own.
 
-    Exact where every pair of pools costs the same; else a guess, for which each value pays what it would from where it
-    is made now.
+    Parameters
+    ----------
+    core
+        What is to be placed.
+    stay, go
+        The two pools of every vertex, shape (m,). No pool may be both one in which some vertices would stay and one to
+        which others would go.
+    is_source_paying
+        What to assume where a value gets cheaper for those who stay when its source goes: that costs grow together is
+        what makes a choice a cut, and here they do not. The dearer way is paid by the source as long as it stays,
+        whoever reads; else by those who read, wherever the source is. Both are too much, and neither is where all stay.
+
+    Returns
+    -------
+    ndarray of int
+        Pool of every vertex, shape (m,).
     """
-    m, k = core.prices.shape
-    homes = core.homes(labels)
-    prices = _shared_prices(core, _levelled(core).weights[0])
-    nodes = np.where(labels == pool, 1, np.where(np.isinf(prices[:, pool]), 0, np.arange(2, m + 2)))
-    network = Network(m)
-    movable = nodes > 1
-    rise = prices[movable, pool] - prices[movable, labels[movable]]
-    ends = nodes[movable]
-    network.connect(np.zeros(int((rise > 0).sum()), dtype=np.int64), ends[rise > 0], rise[rise > 0])
-    network.connect(ends[rise < 0], np.ones(int((rise < 0).sum()), dtype=np.int64), -rise[rise < 0])
-    nets, members = _members(core)
-    # A pool that some member of a net keeps is paid, unless the net has it anyway.
-    kept = labels[members]
-    open_ = ((core.present[nets] >> kept) & 1 == 0) & (kept != pool)
-    groups, group = np.unique(nets[open_] * k + kept[open_], return_inverse=True)
-    of_group, label = np.divmod(groups, k)
-    towards = np.where(label == homes[of_group], pool, label)
-    paid = core.paid(of_group, homes[of_group], towards)
-    network.gather(np.ones(len(groups), dtype=np.int64), paid, group, nodes[members[open_]], is_reversed=True)
-    # So is the pool that expands, if any member goes there.
-    asks = (core.present >> pool) & 1 == 0
-    asks[nets[kept == pool]] = False
-    number = np.cumsum(asks) - 1
-    chosen = asks[nets]
-    paid = core.paid(asks, homes[asks], pool)
-    network.gather(
-        np.zeros(int(asks.sum()), dtype=np.int64), paid, number[nets[chosen]], nodes[members[chosen]], is_reversed=False
+    rows = np.arange(len(stay))
+    go = np.where(np.isinf(core.prices[rows, go]), stay, go)
+    stay = np.where(np.isinf(core.prices[rows, stay]), go, stay)
+    is_open = stay != go
+    if not is_open.any():
+        return stay
+    number = np.cumsum(is_open) - 1
+    prices = np.stack([core.prices[rows, stay], core.prices[rows, go]], axis=1)[is_open]
+    makers = np.maximum(core.sources, 0)
+    sources = np.where((core.sources >= 0) & is_open[makers], number[makers], -1)
+    before, after = core.homes(stay), core.homes(go)
+    halves = _Halves(prices)
+    # Who reads anyway makes the value's source pay.
+    nets, k = core.nets, core.n_pools
+    present = core.present.copy()
+    settled = ~is_open[core.readers]
+    known = np.unique(nets[settled] * k + stay[core.readers[settled]])
+    known_nets, known_pools = np.divmod(known, k)
+    unpaid = ((present[known_nets] >> known_pools) & 1 == 0) & (sources[known_nets] >= 0)
+    halves.charge(
+        sources[known_nets[unpaid]],
+        core.paid(known_nets[unpaid], before[known_nets[unpaid]], known_pools[unpaid]),
+        core.paid(known_nets[unpaid], after[known_nets[unpaid]], known_pools[unpaid]),
     )
-    sides, _ = network.cut(is_rough=True)
-    moved = np.where(nodes > 1, ~sides[nodes], nodes == 1)
-    return np.where(moved, pool, labels)
+    np.bitwise_or.at(present, known_nets, 1 << known_pools)
+    for side, labels in ((0, stay), (1, go)):
+        there = labels[core.readers]
+        asks = ~settled & ((present[nets] >> there) & 1 == 0)
+        groups, group = np.unique(nets[asks] * k + there[asks], return_inverse=True)
+        of_group, pools = np.divmod(groups, k)
+        paid = core.paid(of_group, before[of_group], pools), core.paid(of_group, after[of_group], pools)
+        halves.ask(side, sources[of_group], paid, (group, number[core.readers[asks]]), is_source_paying)
+    sides, _ = bisect(halves.core(), is_rough=True)
+    labels = stay.copy()
+    labels[is_open] = np.where(sides == 1, go[is_open], stay[is_open])
+    return labels
+
+
+class _Halves:
+    """The two-pool core of a choice under construction: those who stay are in pool 0, those who go in pool 1."""
+
+    def __init__(self, prices: Array) -> None:
+        self.prices = prices
+        self._sources: list[Array] = []
+        self._weights: list[list[Array]] = [[], []]
+        self._nets: list[Array] = []
+        self._readers: list[Array] = []
+        self._n_nets = 0
+
+    def charge(self, sources: Array, stay: Array, go: Array) -> None:
+        """Let vertices pay for either."""
+        for side, paid in ((0, stay), (1, go)):
+            self.prices[:, side] += np.bincount(sources, weights=paid, minlength=len(self.prices))
+
+    def ask(
+        self, side: int, sources: Array, paid: tuple[Array, Array], pairs: tuple[Array, Array], is_source_paying: bool
+    ) -> None:
+        """Let values cost something if any of their readers is on one side: this much if the source stays, or goes."""
+        same, other = paid[side], paid[1 - side]
+        falls = np.maximum(same - other, 0.0)
+        if is_source_paying and falls.any():
+            paying = np.flatnonzero(falls)
+            self.prices[:, side] += np.bincount(sources[paying], weights=falls[paying], minlength=len(self.prices))
+            same = same - falls
+        self._add(side, np.full(len(sources), ~(1 - side)), same, pairs)
+        self._add(side, sources, np.maximum(other - same, 0.0), pairs)
+
+    def _add(self, side: int, sources: Array, weights: Array, pairs: tuple[Array, Array]) -> None:
+        nets, readers = pairs
+        keep = weights > 0.0
+        number = np.cumsum(keep) - 1 + self._n_nets
+        kept = keep[nets]
+        self._nets.append(number[nets[kept]])
+        self._readers.append(readers[kept])
+        self._sources.append(sources[keep])
+        self._weights[side].append(weights[keep])
+        self._weights[1 - side].append(np.zeros(int(keep.sum())))
+        self._n_nets += int(keep.sum())
+
+    def core(self) -> Core:
+        """Put together what was added: a kind of cost for each of the two ways."""
+        sources = np.concatenate(self._sources)
+        return Core(
+            prices=self.prices,
+            sources=sources,
+            weights=[np.concatenate(weights) for weights in self._weights],
+            costs=[np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[0.0, 1.0], [0.0, 0.0]])],  # to pool 0, to pool 1
+            present=np.where(sources < 0, 1 << np.maximum(~sources, 0), 0),
+            nets=np.concatenate(self._nets),
+            readers=np.concatenate(self._readers),
+        )

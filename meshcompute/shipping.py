@@ -41,6 +41,7 @@ SCHEDULER_MODULES = (
     "core",
     "contraction",
     "mincut",
+    "bisection",
     "multiway",
     "exactplacement",
     "placement",
