@@ -4,7 +4,12 @@
 One graph, two ways, in turn: stock (no pins), and placed (pins, and ``propagate_pools()``). All
 threads of the workers are busy, so that the scheduler takes the graph in, queues it, and is asked to forget it again;
 the CPU seconds of the client's and the scheduler's process are read from the kernel before and after. Machines drift:
-figures are medians of differences between neighbours, never of runs far apart, and the spread stands beside them.
+figures are medians of differences between neighbours, never of runs far apart, and the spread stands beside them. Where
+the middle half of the pairs lies on both sides of a bar, more pairs are run, whichever side the median is on: up to
+``--most``, and as long as ``--minutes`` last. The table says how many it were.
+
+The event loop is held for as long as it wakes up late, or for the CPU time of the scheduler's process meanwhile if that
+is less: what other processes of the machine take is not counted.
 
 Run it in an environment with meshcompute installed: ``python scripts/benchmarks/overhead.py --check``
 """
@@ -37,15 +42,16 @@ BAR_MICROSECONDS = 20.0
 BAR_HOLD = 1.1
 BAR_TASKS = 1.1
 TICK_SECONDS = 0.002
-# Requested tasks, pools, counted rounds. Growth is seen from the first to the last row of two pools.
-ROWS = ((1_000, 2, 5), (10_000, 2, 5), (10_000, 3, 5), (10_000, 5, 5), (100_000, 2, 5))
-FULL_ROWS = (*ROWS, (10_000, 16, 5), (100_000, 16, 5), (1_000_000, 2, 5))
+# Tasks, pools. Growth is seen from the first to the last row of two pools.
+ROWS = ((1_000, 2), (10_000, 2), (10_000, 3), (10_000, 5), (100_000, 2))
+FULL_ROWS = (*ROWS, (10_000, 16), (100_000, 16), (1_000_000, 2))
 _SMALLEST = 50_000  # tasks from which the bar of CPU holds: below, it is the cost of a graph that counts
+_LARGEST_WARM_UP = 20_000
 
 
 def build(n_tasks: int, way: str, nonce: int, n_pools: int = 2) -> da.Array:
     """A graph of about ``n_tasks`` tasks after fusion: the sites' chunks, added, reduced over a tree."""
-    n = max(n_tasks // (2 * n_pools), 8)
+    n = max(n_tasks // (2 * n_pools + 1), 8)
 
     def values(x: np.ndarray, nonce: int) -> np.ndarray:
         return x + nonce
@@ -74,15 +80,16 @@ def cpu_seconds(pid: int) -> float:
 
 
 def start_watch(dask_scheduler: Any, tick: float) -> None:
-    """Note how late the event loop wakes up: what held it in between."""
+    """Note how late the event loop wakes up, and what of that this process has computed: what held it in between."""
     import asyncio
     import time
 
     async def watch() -> None:
         while True:
-            before = time.perf_counter()
+            before, cpu_before = time.perf_counter(), time.process_time()
             await asyncio.sleep(tick)
-            dask_scheduler.longest_hold = max(dask_scheduler.longest_hold, time.perf_counter() - before - tick)
+            hold = min(time.perf_counter() - before - tick, time.process_time() - cpu_before)
+            dask_scheduler.longest_hold = max(dask_scheduler.longest_hold, hold)
 
     dask_scheduler.longest_hold = 0.0
     dask_scheduler.watch = asyncio.ensure_future(watch())
@@ -134,41 +141,74 @@ def measure(client: Client, scheduler_pid: int, x: da.Array, way: str) -> dict[s
     }
 
 
-def run(n_tasks: int, n_pools: int, n_pairs: int, client: Client, scheduler_pid: int) -> dict[str, Any]:
-    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-    for i in range(n_pairs + 1):
-        # Each way first in turn, so that drift cancels; the first round warms up.
-        order = WAYS if i % 2 else WAYS[::-1]
-        round_ = {way: measure(client, scheduler_pid, build(n_tasks, way, i, n_pools), way) for way in order}
-        figures = ", ".join(f"{way} {round_[way]['cpu']:.2f} s" for way in WAYS)
-        print(f"  {n_tasks} tasks, {n_pools} pools, round {i} of {n_pairs}: {figures}", flush=True)
-        if i:
-            for way in WAYS:
-                runs[way].append(round_[way])
+def run(
+    n_tasks: int, n_pools: int, client: Client, scheduler_pid: int, *, least: int, is_enough: Callable[[int], bool]
+) -> dict[str, Any]:
+    """Measure a graph both ways, pair by pair.
+
+    Parameters
+    ----------
+    n_tasks, n_pools
+        Size of the graph.
+    client, scheduler_pid
+        The cluster.
+    least
+        Pairs that are always run.
+    is_enough
+        Tells, of a number of pairs, whether they have to do even if the figures are near a bar.
+    """
+    for way in WAYS:
+        measure(client, scheduler_pid, build(min(n_tasks, _LARGEST_WARM_UP), way, -1, n_pools), way)
+    pairs: list[dict[str, dict[str, float]]] = []
+    while len(pairs) < least or (not is_enough(len(pairs)) and is_near_a_bar(pairs)):
+        # Each way first in turn, so that drift cancels.
+        order = WAYS if len(pairs) % 2 else WAYS[::-1]
+        i = len(pairs)
+        pairs.append({way: measure(client, scheduler_pid, build(n_tasks, way, i, n_pools), way) for way in order})
+        figures = ", ".join(f"{way} {pairs[-1][way]['cpu_with_cancel']:.2f} s" for way in WAYS)
+        print(f"  {n_tasks} tasks, {n_pools} pools, pair {i + 1}: {figures}", flush=True)
 
     def median(way: str, figure: str) -> float:
-        return statistics.median(r[figure] for r in runs[way])
+        return statistics.median(pair[way][figure] for pair in pairs)
 
-    pairs = {way: list(zip(runs[way], runs["stock"], strict=True)) for way in WAYS[1:]}
-    added = {
-        way: sorted(1e6 * (r["cpu_with_cancel"] - s["cpu_with_cancel"]) / s["n_tasks"] for r, s in both)
-        for way, both in pairs.items()
-    }
-    holds = sorted(
-        max(r["submit_hold"], r["cancel_hold"]) / max(s["submit_hold"], s["cancel_hold"]) for r, s in pairs["placed"]
-    )
+    added, holds = added_microseconds(pairs), hold_ratios(pairs)
     return {
         "requested": n_tasks,
         "pools": n_pools,
+        "pairs": len(pairs),
         "tasks": {way: median(way, "n_tasks") for way in WAYS},
         "cpu_seconds": {way: median(way, "cpu_with_cancel") for way in WAYS},
         "submit_hold_seconds": {way: median(way, "submit_hold") for way in WAYS},
         "cancel_hold_seconds": {way: median(way, "cancel_hold") for way in WAYS},
-        "added_microseconds_per_task": {way: statistics.median(found) for way, found in added.items()},
-        "added_spread": {way: [found[0], found[-1]] for way, found in added.items()},
+        "added_microseconds_per_task": {"placed": statistics.median(added)},
+        "added_spread": {"placed": [added[0], added[-1]]},
         "hold_ratio": statistics.median(holds),
         "hold_spread": [holds[0], holds[-1]],
     }
+
+
+def added_microseconds(pairs: Sequence[dict[str, dict[str, float]]]) -> list[float]:
+    """CPU per task that placement adds, of every pair, least first."""
+    return sorted(
+        1e6 * (p["placed"]["cpu_with_cancel"] - p["stock"]["cpu_with_cancel"]) / p["stock"]["n_tasks"] for p in pairs
+    )
+
+
+def hold_ratios(pairs: Sequence[dict[str, dict[str, float]]]) -> list[float]:
+    """How many times as long the event loop is held, of every pair, least first."""
+    longest = [{way: max(p[way]["submit_hold"], p[way]["cancel_hold"]) for way in WAYS} for p in pairs]
+    return sorted(hold["placed"] / hold["stock"] for hold in longest)
+
+
+def is_near_a_bar(pairs: Sequence[dict[str, dict[str, float]]]) -> bool:
+    """Whether the middle half of the pairs lies on both sides of a bar."""
+    if pairs[0]["stock"]["n_tasks"] < _SMALLEST:
+        return False
+    for found, bar in ((added_microseconds(pairs), BAR_MICROSECONDS), (hold_ratios(pairs), BAR_HOLD)):
+        first, _, third = statistics.quantiles(found, n=4)
+        if first <= bar <= third:
+            return True
+    return False
 
 
 def missed(results: Sequence[dict[str, Any]]) -> list[str]:
@@ -214,10 +254,10 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def measured(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
-    """Measure all rows, with a mesh for every number of pools."""
+def measured(rows: Sequence[tuple[int, int]], least: int, is_enough: Callable[[int], bool]) -> list[dict[str, Any]]:
+    """Measure all rows, with a mesh for every number of pools; the small ones first."""
     results = []
-    for n_pools in sorted({n for _, n, _ in rows}):
+    for n_pools in sorted({n for _, n in rows}, key=lambda n: max(size for size, pools in rows if pools == n)):
         with tempfile.TemporaryDirectory() as folder:
             stores = {name: Path(folder) / name for name in string.ascii_lowercase[:n_pools]}
             for store in stores.values():
@@ -226,20 +266,25 @@ def measured(rows: Sequence[tuple[int, int, int]]) -> list[dict[str, Any]]:
                 client.run_on_scheduler(start_watch, tick=TICK_SECONDS)
                 busy = [f"busy-{i}" for i in range(2 * n_pools)]
                 held = client.map(lambda _: Event("open").wait(), busy, key=busy, priority=100)
+                pid = mesh.pids["scheduler"]
                 results += [
-                    run(n_tasks, n_pools, n_pairs, client, mesh.pids["scheduler"])
-                    for n_tasks, n, n_pairs in rows
+                    run(n_tasks, n_pools, client, pid, least=least, is_enough=is_enough)
+                    for n_tasks, n in rows
                     if n == n_pools
                 ]
                 Event("open").set()
                 client.gather(held)
-    return results
+    return sorted(results, key=lambda r: (r["pools"], r["requested"]))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, nargs="+", help="sizes of the graph, for two pools, instead of the usual")
-    parser.add_argument("--pairs", type=int, help="counted rounds per size")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs that are run of every size")
+    parser.add_argument(
+        "--most", type=int, default=11, help="pairs that are run of a size whose figures are near a bar"
+    )
+    parser.add_argument("--minutes", type=float, default=6.0, help="after so long, no more pairs than --pairs are run")
     parser.add_argument("--full", action="store_true", help="with 1 000 000 tasks and 16 pools, too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -248,13 +293,14 @@ def main() -> int:
     dask.config.set({"distributed.admin.large-graph-warning-threshold": "10GB"})
     rows = FULL_ROWS if options.full else ROWS
     if options.tasks:
-        rows = tuple((n, 2, 5) for n in options.tasks)
-    results = measured([(n, pools, options.pairs or pairs) for n, pools, pairs in rows])
+        rows = tuple((n, 2) for n in options.tasks)
+    deadline = time.monotonic() + 60 * options.minutes
+    results = measured(rows, options.pairs, lambda n: n >= options.most or time.monotonic() > deadline)
     print(
         f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}"
     )
     print(
-        f"{'tasks':>9}{'pools':>7}{'way':>9}{'CPU s':>9}{'added us/task':>15}{'min':>8}{'max':>8}"
+        f"{'tasks':>9}{'pools':>7}{'pairs':>7}{'way':>9}{'CPU s':>9}{'added us/task':>15}{'min':>8}{'max':>8}"
         f"{'submit hold s':>15}{'cancel hold s':>15}"
     )
     for r in results:
@@ -262,7 +308,8 @@ def main() -> int:
             added = f"{r['added_microseconds_per_task'][way]:.1f}" if way != "stock" else "-"
             low, high = (f"{x:.1f}" for x in r["added_spread"][way]) if way != "stock" else ("-", "-")
             print(
-                f"{r['tasks'][way]:>9.0f}{r['pools']:>7}{way:>9}{r['cpu_seconds'][way]:>9.2f}{added:>15}{low:>8}{high:>8}"
+                f"{r['tasks'][way]:>9.0f}{r['pools']:>7}{r['pairs']:>7}{way:>9}{r['cpu_seconds'][way]:>9.2f}{added:>15}"
+                f"{low:>8}{high:>8}"
                 f"{r['submit_hold_seconds'][way]:>15.3f}{r['cancel_hold_seconds'][way]:>15.3f}"
             )
     print()
