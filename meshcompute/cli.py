@@ -6,6 +6,7 @@ file, so it imports click alone, and the rest when a command runs.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,29 @@ __all__ = ["main", "mesh"]
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
+def is_news(record: logging.LogRecord) -> bool:
+    """Tell whether a user should see what is logged.
+
+    Parameters
+    ----------
+    record
+        What is logged.
+
+    Returns
+    -------
+    bool
+        False for what ``distributed.utils.sync`` raises in its own thread where Ctrl-C comes before a call has begun:
+        it wants to cancel a future that it does not have yet.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not (isinstance(error, NameError) and "free variable 'future'" in str(error))
+
+
 @click.group(name="mesh")
 @click.version_option(meshcompute.__version__, prog_name="meshcompute")
 def mesh() -> None:
     """Compute across data centres: the work goes to the data."""
+    logging.getLogger("tornado.application").addFilter(is_news)
 
 
 @mesh.command()
