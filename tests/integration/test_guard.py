@@ -540,7 +540,7 @@ def rechunk(say: tuple[str, str, str], *, gate: str = "", n_blocks: int = 8) -> 
     def load(block_info=None):
         rows, columns = block_info[None]["array-location"]
         if gate and columns[0]:  # the first block's transfer starts the shuffle
-            Event(gate).wait(60)
+            assert Event(gate).wait(100)
         return values[slice(*rows), slice(*columns)]
 
     width = 400 // n_blocks
@@ -573,15 +573,28 @@ def test_a_p2p_rechunk_with_outputs_pinned_apart_is_right_or_says_why_and_never_
         np.testing.assert_array_equal(y.compute(), expected)
 
 
+@pytest.mark.timeout(300)  # five processes start, one after the other
 def test_a_p2p_rechunk_survives_workers_that_leave_and_join_its_pool(tmp_path):
-    workers = {"a-0": ("pool-a=1", 2), "a-1": ("pool-a=1", 2), "b-0": ("pool-b=1", 1)}
+    """More threads everywhere than loads that wait: else these may fill the worker that is to start the shuffle."""
+    workers = {"a-0": ("pool-a=1", 4), "a-1": ("pool-a=1", 4), "b-0": ("pool-b=1", 4)}
     with cluster_of(tmp_path, workers) as (cluster, client):
         y, expected = rechunk(("a", "A", "A"), gate="load", n_blocks=4)
-        wait_until(lambda: on_scheduler(client, lambda s: len(s.extensions["shuffle"].active_shuffles)), "a shuffle")
-        cluster.add_worker("a-2", "pool-a=1", 2)
-        wait_until(lambda: "a-2" in names_of(client).values(), "a worker that joins")
+
+        def running() -> set[str]:
+            return on_scheduler(client, lambda s: {ws.name for ws in s.running})
+
+        def runs_of_shuffle() -> list[int]:
+            return on_scheduler(
+                client, lambda s: [run.run_id for run in s.extensions["shuffle"].active_shuffles.values()]
+            )
+
+        (first,) = wait_until(runs_of_shuffle, "a shuffle", 100)
+        cluster.add_worker("a-2", "pool-a=1", 4)
+        wait_until(lambda: running() == {"a-0", "a-1", "a-2", "b-0"}, "a worker that joins", 100)
         cluster.kill("a-0")
-        wait_until(lambda: "a-0" not in names_of(client).values(), "a worker that leaves")
+        wait_until(lambda: running() == {"a-1", "a-2", "b-0"}, "a worker that leaves", 100)
+        (second,) = wait_until(lambda: [run for run in runs_of_shuffle() if run != first], "the shuffle again", 100)
+        assert second > first
         Event("load", client=client).set()
         assert pools_that_hold(client, futures_of(y)) == {"a"}
         np.testing.assert_array_equal(y.compute(), expected)
