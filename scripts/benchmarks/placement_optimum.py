@@ -26,6 +26,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 _LARGEST = 2**31 - 1
+_GAP = 1e-4  # to the bound: nearer than that is exact, as far as numbers go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class Optimum:
     @property
     def is_exact(self) -> bool:
         """Whether the two are one, as far as numbers go."""
-        return self.cost <= self.bound * 1.0001 + 1
+        return self.cost <= self.bound * (1 + 2 * _GAP) + 1
 
 
 def optimum(problem: Problem, links: Links, time_limit_seconds: float) -> Optimum:
@@ -176,7 +177,7 @@ def _by_integers(
         constraints=LinearConstraint(matrix, lb=np.array([bound for _, bound in rows])),
         bounds=Bounds(np.array(lower), np.array(upper)),
         integrality=np.array([1] * n_whole + [0] * (len(costs) - n_whole)),
-        options={"time_limit": time_limit_seconds, "mip_rel_gap": 1e-6},
+        options={"time_limit": time_limit_seconds, "mip_rel_gap": _GAP},
     )
     bound = max(0.0, float(found_plan.mip_dual_bound or 0.0)) * scale
     if found_plan.x is None:

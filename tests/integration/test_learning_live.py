@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,6 +49,28 @@ def test_the_second_plan_moves_what_the_first_run_found_to_be_small(sites: Any) 
     # Which of them moves is a toss-up that the plan and the run decide alike.
     crossed = {row[:2] for row in second.against(traffic).rows if "client" not in row[:2]}
     assert len(crossed) == 1
+
+
+def read_rows(part: int, n: int) -> pd.DataFrame:
+    return pd.DataFrame({"k": np.arange(n) % 97, "v": np.arange(n) * 1.0})
+
+
+def test_two_tables_read_by_one_function_have_each_its_own_size_when_they_are_read_again(sites: Any) -> None:
+    def work() -> Any:
+        with pool("a"):
+            large = dd.from_map(read_rows, [0, 1], n=20_001, meta=read_rows(0, 0))
+        with pool("b"):
+            small = dd.from_map(read_rows, [0, 1, 2, 3, 4, 5], n=11, meta=read_rows(0, 0))
+        return large.merge(small, on="k", how="inner").v_x.sum()
+
+    with propagate_pools():
+        work().compute()
+        plan = wait_until(lambda: (p := explain(work())).bytes_by_certainty.get("learnt") and p, "a learnt size")
+        with measure_traffic() as traffic:
+            work().compute()
+    large_nbytes = 2 * 20_001 * 16
+    assert 0 < between(plan) < large_nbytes / 10
+    assert between(traffic) < large_nbytes / 10
 
 
 def test_values_in_memory_count_as_measured_and_chunks_as_metadata(sites: Any) -> None:

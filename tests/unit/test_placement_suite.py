@@ -6,9 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import dask
+import dask.array as da
+import dask.dataframe as dd
 import numpy as np
 import pandas as pd
 import pytest
+from distributed import Client, LocalCluster
+from distributed.shuffle._rechunk import ArrayRechunkRun
+from distributed.shuffle._shuffle import DataFrameShuffleRun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -55,6 +60,13 @@ def runs(_scripts):
     import placement_runs
 
     return placement_runs
+
+
+@pytest.fixture(scope="module")
+def record(_scripts):
+    import placement_record
+
+    return placement_record
 
 
 def problem_of(graphs, sizes, edges, pins, together=()):
@@ -223,3 +235,26 @@ def test_a_result_that_is_off_is_not_right(runs):
     table = pd.DataFrame({"x": [1.0, 2.0]}, index=[1, 0])
     assert runs.is_right(table, table.sort_index())
     assert not runs.is_right(table, table.set_axis([5, 6]))
+
+
+@pytest.mark.parametrize("kind", ["table", "array"])
+def test_what_the_senders_of_a_shuffle_send_is_noted_under_their_keys(record, monkeypatch, kind):
+    for run in (DataFrameShuffleRun, ArrayRechunkRun):
+        monkeypatch.setattr(run, "_shard_partition", run._shard_partition)  # put back afterwards
+    record.note_senders()
+    record.note_senders()
+    record.take_sent()
+    with LocalCluster(n_workers=1, processes=False, dashboard_address="127.0.0.1:0") as cluster, Client(cluster):
+        if kind == "table":
+            frame = pd.DataFrame({"k": np.arange(9000) % 97, "v": np.arange(9000.0)})
+            dd.from_pandas(frame, npartitions=3).shuffle("k").map_partitions(len).compute()
+            least = 9000 * (8 + 8 + 8 + 1)  # with the index and the partition of every row
+        else:
+            values = da.ones((90, 90), chunks=(30, 90))
+            values.rechunk((90, 30), method="p2p").sum().compute()
+            least = values.nbytes
+    sent = record.take_sent()
+    assert sent
+    assert all("transfer" in str(key) for key in sent)
+    assert least <= sum(sent.values()) <= least * 1.1
+    assert record.take_sent() == {}
