@@ -83,6 +83,8 @@ class Reduction:
         Share of a part's arrays that counts take up, 0 if it has none.
     has_equal_counts
         The counts are one number, repeated, if the blocks are numpy's: nothing is skipped.
+    are_rows_ordered
+        Parts are tables whose rows come in the order in which they first came up.
     """
 
     family: str
@@ -97,6 +99,7 @@ class Reduction:
     condition: str = ""
     count_share: float = 0.0
     has_equal_counts: bool = False
+    are_rows_ordered: bool = False
 
     def sent_nbytes(self, nbytes: float) -> float:
         """Return the bytes of a part whose counts are sent as one number.

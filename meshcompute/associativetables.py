@@ -8,8 +8,8 @@ and reductions that Dask does by a shuffle (``split_out`` above one, which it ch
 Notes
 -----
 Rows of a result by group stay sorted where that was asked for. Where it was not, Dask's order is that in which groups
-come up in its partitions; regrouped, those of the first partition still come first, others may change places. With
-``sort=False`` said in words, nothing is regrouped.
+first come up in its partitions, and regrouped it is the same: parts know in which partition their rows came up first
+(:func:`meshcompute.reductionsteps.merged`).
 
 References
 ----------
@@ -155,8 +155,6 @@ def table_reduction(method: Any, options: Mapping[str, Any] | None) -> Reduction
     if is_final and any(options.get(key) != value for key, value in (table.wanted or {}).items()):
         return None
     kept = {key: options[key] for key in table.kept if key in options}
-    if table.is_by_group and is_final and options.get("sort") is False:
-        return None
     combine = kind.combine or kind.aggregate
     if table.calls == "aggregate_funcs":
         functions = options.get("aggregate_funcs", options.get("funcs"))
@@ -173,6 +171,7 @@ def table_reduction(method: Any, options: Mapping[str, Any] | None) -> Reduction
         combine=combine,
         options=kept,
         condition=NUMBERS if table.is_sum else "",
+        are_rows_ordered=table.is_by_group and options.get("sort") is not True,
     )
 
 

@@ -148,7 +148,7 @@ def first_key(task: GraphNode) -> Key:
     return task.key
 
 
-def merged(reduction: Reduction, key: Key, inputs: Iterable[Key]) -> Task:
+def merged(reduction: Reduction, key: Key, inputs: Sequence[Key], order: Mapping[Key, int]) -> Task:
     """Make a task that merges parts into one.
 
     Parameters
@@ -159,12 +159,22 @@ def merged(reduction: Reduction, key: Key, inputs: Iterable[Key]) -> Task:
         Key of the new task.
     inputs
         Keys of the parts.
+    order
+        Place of a value that is no part of ours in the order of the given tree, by key.
+
+    Notes
+    -----
+    Tables whose rows are in order are merged into a table and where each of its rows came up first: a few numbers,
+    since rows of one place follow each other.
     """
+    if reduction.are_rows_ordered:
+        places = tuple([order.get(key, -1) for key in inputs])
+        return Task(key, _MERGE_ROWS, reduction.combine, dict(reduction.options), _nested(inputs, 1), places)
     parts = _nested(inputs, reduction.n_levels)
     return Task(key, reduction.combine, *reduction.before, parts, *reduction.after, **reduction.options)
 
 
-def with_inputs(task: Task, step: Step, inputs: Sequence[Key]) -> Task:
+def with_inputs(task: Task, step: Step, inputs: Sequence[Key], order: Mapping[Key, int]) -> Task:
     """Make a step anew that reads other parts.
 
     Parameters
@@ -175,6 +185,8 @@ def with_inputs(task: Task, step: Step, inputs: Sequence[Key]) -> Task:
         What is known of it.
     inputs
         Keys of the parts that it shall read.
+    order
+        As of :func:`merged`.
 
     Returns
     -------
@@ -184,15 +196,21 @@ def with_inputs(task: Task, step: Step, inputs: Sequence[Key]) -> Task:
     if task.func is _execute_subgraph:
         inner, outkey = task.args[:2]
         name, first = next(iter(inner.items()))
-        changed = {**inner, name: _reading(first, step, inputs)}
+        changed = {**inner, name: _reading(first, step, inputs, order)}
         refs = [TaskRef(key) for key in inputs]
         return Task(task.key, task.func, changed, outkey, tuple(inputs), *refs, _data_producer=task._data_producer)
-    return _reading(task, step, inputs)
+    return _reading(task, step, inputs, order)
 
 
-def _reading(task: Task, step: Step, inputs: Iterable[Key]) -> Task:
-    args = list(task.args)
-    args[step.position] = _nested(inputs, step.n_levels)
+def _reading(task: Task, step: Step, inputs: Sequence[Key], order: Mapping[Key, int]) -> Task:
+    args: list[Any] = list(task.args)
+    if step.reduction.are_rows_ordered:
+        parts: GraphNode = Task(None, _ROWS_IN_ORDER, _nested(inputs, 1), tuple([order.get(key, -1) for key in inputs]))
+        for _ in range(step.n_levels - 1):
+            parts = List(parts)
+        args[step.position] = parts
+    else:
+        args[step.position] = _nested(inputs, step.n_levels)
     function = step.reduction.final or task.func
     return Task(task.key, function, *args, _data_producer=task._data_producer, **task.kwargs)
 
@@ -236,6 +254,46 @@ def _with_one_count(part: Any) -> Any:
 
 
 _SHORT: Callable[[Any], Any] = by_value_once(_with_one_count)
+
+
+def _merge_rows(combine: Any, options: Any, parts: Any, places: Any) -> Any:
+    # Runs on workers, as the function above.
+    tables = _tables(parts, places)
+    rows = combine([table for _, table in tables], **options)
+    if not rows.index.is_unique:
+        return {"rows": rows, "places": [tables[0][0]], "ends": [len(rows)]}
+    found: list[int] = []
+    ends: list[int] = []
+    for place, table in tables:
+        end = int(rows.index.get_indexer(table.index).max(initial=-1)) + 1
+        if not ends or end > ends[-1]:
+            found.append(place)
+            ends.append(end)
+    ends[-1] = len(rows)
+    return {"rows": rows, "places": found, "ends": ends}
+
+
+def _rows_in_order(parts: Any, places: Any) -> Any:
+    # Runs on workers, as the function above.
+    return [table for _, table in _tables(parts, places)]
+
+
+def _tables(parts: Any, places: Any) -> list[tuple[int, Any]]:
+    """Cut parts into tables of rows that came up first in one place, in the order of places."""
+    tables = []
+    for part, place in zip(parts, places, strict=True):
+        if type(part) is not dict:
+            tables.append((place, part))
+            continue
+        start = 0
+        for first, end in zip(part["places"], part["ends"], strict=True):
+            tables.append((first, part["rows"].iloc[start:end]))
+            start = end
+    return sorted(tables, key=lambda table: table[0])
+
+
+_MERGE_ROWS: Callable[..., Any] = by_value_once(_merge_rows)
+_ROWS_IN_ORDER: Callable[..., Any] = by_value_once(_rows_in_order)
 
 
 def _nested(inputs: Iterable[Key], n_levels: int) -> List:

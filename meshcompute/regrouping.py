@@ -34,12 +34,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from dask._task_spec import Alias, GraphNode, Task
 from dask.typing import Key
 from dask.utils import key_split
 
-from meshcompute.associative import NUMPY, Reduction
+from meshcompute.associative import NUMPY
 from meshcompute.reductionsteps import Reader, Step, first_key, merged, with_inputs, with_short_counts
 from meshcompute.reductiontrees import Homes, Tree, grown, mean_nbytes, saving_of, with_other_readers
 
@@ -82,7 +83,7 @@ class Regrouping:
     kinds: tuple[Regrouped, ...] = ()
     parts: dict[Key, GraphNode] = field(default_factory=dict)
     shortened: set[Key] = field(default_factory=set)
-    _roots: dict[Key, tuple[Step, list[Key]]] = field(default_factory=dict)
+    _roots: dict[Key, tuple[Step, list[Key], dict[Key, int]]] = field(default_factory=dict)
     _merged_by_part: dict[Key, list[Key]] = field(default_factory=dict)
     _n_readers: Counter[Key] = field(default_factory=Counter)
     # of each step that reads counts: the parts that it reads, and what makes them
@@ -102,7 +103,7 @@ class Regrouping:
         -----
         What a pool's part is made of may as well be read by the last step, if that runs there: a task fewer.
         """
-        for root, (step, inputs) in self._roots.items():
+        for root, (step, inputs, order) in self._roots.items():
             pool = pool_by_key.get(root)
             settled: list[Key] = []
             for key in inputs:
@@ -116,7 +117,7 @@ class Regrouping:
             if len(settled) > len(inputs):
                 task = tasks[root]
                 assert isinstance(task, Task)
-                tasks[root] = with_inputs(task, step, settled)
+                tasks[root] = with_inputs(task, step, settled, order)
         for reader, parts in self._counting:
             pool = pool_by_key.get(reader)
             for part, maker in parts:
@@ -251,6 +252,7 @@ def _rebuilt(
         step = steps[root]
         most = max(2, *[len(steps[key].inputs) for key in tree.nodes])
         part_nbytes = mean_nbytes(tree.nodes[1:] or tree.leaves, nbytes)
+        order = {leaf: place for place, leaf in enumerate(tree.leaves)} if step.reduction.are_rows_ordered else {}
         leaves_by_pool: dict[str, list[Key]] = {}
         for leaf, pool in zip(tree.leaves, tree.pools, strict=True):
             leaves_by_pool.setdefault(pool, []).append(leaf)
@@ -260,9 +262,10 @@ def _rebuilt(
                 inputs += leaves
                 continue
             whole = _name_of_parts(names, step.reduction.family, pool, leaves[0])
-            parts = _parts(f"sub{whole}", whole, step.reduction, leaves, most)
+            identity = (step.reduction.identity, most, *[(leaf, order.get(leaf)) for leaf in leaves])
+            parts = _parts(f"sub{whole}", whole, identity, leaves, most)
             for key, batch in parts.items():
-                tasks[key] = result.parts[key] = merged(step.reduction, key, batch)
+                tasks[key] = result.parts[key] = merged(step.reduction, key, batch, order)
                 nbytes[key] = part_nbytes
             top, batch = parts.popitem()
             result._merged_by_part[top] = batch
@@ -270,8 +273,8 @@ def _rebuilt(
         gone.update(tree.nodes[1:], tree.names)
         task = tasks[root]
         assert isinstance(task, Task)
-        tasks[root] = with_inputs(task, step, inputs)
-        result._roots[root] = step, inputs
+        tasks[root] = with_inputs(task, step, inputs, order)
+        result._roots[root] = step, inputs, order
         result._n_readers.update(inputs)
         saved.setdefault(str(key_split(root)), []).append(saving)
     for key in gone:
@@ -295,12 +298,12 @@ def _name_of_parts(names: dict[tuple[str, str, Key], str], family: str, pool: st
     return name
 
 
-def _parts(name: str, whole: str, reduction: Reduction, leaves: Sequence[Key], most: int) -> dict[Key, list[Key]]:
+def _parts(name: str, whole: str, identity: tuple[Any, ...], leaves: Sequence[Key], most: int) -> dict[Key, list[Key]]:
     """Say which parts to merge: keys of what is merged by key of the merged part, the last one made of all.
 
     That has a name of its own: it crosses, so that it may be smaller than the others.
     """
-    digest = _digest((reduction.identity, most, *leaves), 8)
+    digest = _digest(identity, 8)
     parts: dict[Key, list[Key]] = {}
     keys = list(leaves)
     while len(keys) > 1:

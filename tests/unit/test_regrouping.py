@@ -528,6 +528,7 @@ def test_reductions_of_tables_are_regrouped_and_right(name: str) -> None:
     assert_same(regrouped, given)
     expected = FRAMES[name](eager)
     if isinstance(expected, pd.DataFrame | pd.Series) and "group" in name:
+        assert regrouped.index.equals(given.index)
         regrouped = regrouped.sort_index()  # Dask sorts groups only where that is asked for
     assert_same(regrouped, expected)
 
@@ -550,8 +551,16 @@ def assert_same(left: Any, right: Any) -> None:
         lambda d: d.groupby("k").s.sum(),
         lambda d: d.groupby("k").v.first(),
         lambda d: d.groupby("k").agg({"v": "last"}),
-        lambda d: d.groupby("k", sort=False).v.sum(),
         lambda d: d.v.idxmax(),
+        lambda d: d.v.value_counts(),
+        lambda d: d.k.nunique(),
+        lambda d: d.k.drop_duplicates(),
+        lambda d: d.k.unique(),
+        lambda d: d.groupby("k").v.median(),
+        lambda d: d.groupby("k").v.cumsum(),
+        lambda d: d.v.cumsum(),
+        lambda d: d.v.quantile(0.5),
+        lambda d: d.v.mode(),
         lambda d: d.nlargest(3, "v"),
         lambda d: d.v.reduction(lambda p: p.sum(), lambda p: p.sum()),
     ],
@@ -559,6 +568,42 @@ def assert_same(left: Any, right: Any) -> None:
 def test_tables_whose_order_counts_or_whose_function_is_not_known_stay(make: Callable[[Any], Any]) -> None:
     x = both(make(frame()[0]))
     assert not x.names
+
+
+GROUPS: dict[str, Callable[..., Any]] = {
+    "sum": lambda d, **options: d.groupby("k", **options).v.sum(),
+    "mean": lambda d, **options: d.groupby("k", **options).v.mean(),
+    "std": lambda d, **options: d.groupby("k", **options).v.std(),
+    "size": lambda d, **options: d.groupby("k", **options).size(),
+    "several": lambda d, **options: d.groupby("k", **options).agg({"v": ["mean", "max"], "m": "sum"}),
+    "several groups": lambda d, **options: d.groupby(["m", "k"], **options).v.max(),
+    "categories": lambda d, **options: d.groupby("c", observed=False, **options).v.sum(),
+    "observed categories": lambda d, **options: d.groupby("c", observed=True, **options).v.mean(),
+    "no group": lambda d, **options: d.groupby("m", dropna=False, **options).v.sum(),
+}
+
+
+@pytest.mark.parametrize("sort", [None, True, False])
+@pytest.mark.parametrize("pools", ["ab", "abbac"])
+@pytest.mark.parametrize("name", GROUPS)
+def test_rows_of_groups_come_in_the_order_in_which_dask_has_them(name: str, pools: str, sort: bool | None) -> None:
+    """Each partition has few of the groups, so that some come up first in a late one."""
+    rng = np.random.default_rng(6)
+    parts = []
+    for i in range(14):
+        n = 0 if i in {0, 7} else 6
+        values = {"k": rng.integers(0, 40, n), "m": rng.choice([1.0, 2.0, np.nan], n), "v": rng.normal(size=n)}
+        part = pd.DataFrame({**values, "c": pd.Categorical(rng.choice(list("zxy"), n), categories=list("wxyz"))})
+        with pool(pools[i % len(pools)]):
+            parts.append(dd.from_pandas(part, npartitions=1, sort=False))
+    x = both(GROUPS[name](dd.concat(parts), **({} if sort is None else {"sort": sort})))
+    given, regrouped = x.values()
+    assert regrouped.index.equals(given.index)
+    assert_same(regrouped, given)
+    if sort:
+        assert regrouped.index.dropna().is_monotonic_increasing
+    if name != "several groups" or sort:  # Dask shuffles those otherwise
+        assert x.names
 
 
 @pytest.mark.parametrize("name", ["sum", "max", "min", "count", "any", "all"])
