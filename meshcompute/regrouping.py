@@ -262,7 +262,7 @@ def _rebuilt(
                 inputs += leaves
                 continue
             whole = _name_of_parts(names, step.reduction.family, pool, leaves[0])
-            identity = (step.reduction.identity, most, *[(leaf, order.get(leaf)) for leaf in leaves])
+            identity = (step.reduction.identity, most, [order[leaf] for leaf in leaves] if order else None, *leaves)
             parts = _parts(f"sub{whole}", whole, identity, leaves, most)
             for key, batch in parts.items():
                 tasks[key] = result.parts[key] = merged(step.reduction, key, batch, order)

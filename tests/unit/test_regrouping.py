@@ -470,6 +470,13 @@ def climate(pools: str) -> tuple[xr.DataArray, xr.DataArray]:
         lambda x: x.std("time"),
         lambda x: x.sum(),
         lambda x: x.max(["time", "x"]),
+        lambda x: x.min("time"),
+        lambda x: x.prod("time"),
+        lambda x: x.var("time", ddof=1),
+        lambda x: (x > 0.5).any("time"),
+        lambda x: (x > 0.001).all("time"),
+        lambda x: x.groupby("time.season").std(),
+        lambda x: x.groupby("time.quarter").sum(),
         lambda x: x.count("time"),
         lambda x: x.groupby("time.quarter").mean(),
         lambda x: x.groupby("time.season").max(),
@@ -485,6 +492,25 @@ def test_xarray_reductions_are_regrouped_and_right(make: Callable[[xr.DataArray]
     assert x.names
     np.testing.assert_allclose(x.values()[1], make(eager).transpose(*result.dims), rtol=1e-9)
     assert crossing(x.regrouped) < crossing(x.given)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x.cumsum("time"),
+        lambda x: x.chunk(time=-1).quantile(0.3, "time"),
+        lambda x: x.chunk(time=-1).median("time"),
+        lambda x: x.chunk(time=-1).groupby("time.season").quantile(0.5),
+        lambda x: x.isel(time=slice(2, None)),
+    ],
+    ids=["cumulative sum", "quantile", "median", "quantile by group", "no reduction"],
+)
+def test_what_xarray_cannot_do_in_parts_stays_and_is_right(make: Callable[[xr.DataArray], xr.DataArray]) -> None:
+    lazy, eager = climate("aabab")
+    result = make(lazy)
+    x = both(result.data)
+    assert not x.names
+    np.testing.assert_allclose(x.values()[1], make(eager).transpose(*result.dims), rtol=1e-12)
 
 
 def frame(pools: str = "ab", n: int = 14) -> tuple[dd.DataFrame, pd.DataFrame]:
