@@ -41,8 +41,8 @@ Array = np.ndarray[Any, Any]
 
 _TOLERANCE = 1e-12
 _MAX_CYCLES = 4
-# Arcs of all cuts together: what keeps the time of a search, some seconds at most, from growing with the graph. Of cores
-# of ten thousand vertices, hardly anything is left out; three million saved them less than a thousandth more.
+# Arcs of all cuts together: so the time of a search, some seconds at most, does not grow with the graph. Of a core of
+# ten thousand vertices hardly anything is left out: more than twice as many arcs saved it less than a thousandth.
 _MAX_ARCS = 600_000
 _SMALL = 2000  # vertices that single moves, in plain Python, are worth trying on
 
