@@ -540,7 +540,7 @@ def rechunk(say: tuple[str, str, str], *, gate: str = "", n_blocks: int = 8) -> 
     def load(block_info=None):
         rows, columns = block_info[None]["array-location"]
         if gate and columns[0]:  # the first block's transfer starts the shuffle
-            assert Event(gate).wait(100)
+            assert Event(gate).wait(250)
         return values[slice(*rows), slice(*columns)]
 
     width = 400 // n_blocks
