@@ -332,6 +332,8 @@ def try_codecs(frame: Any, codecs: Sequence[str]) -> list[Trial]:
                     packed = pack(sample, Trial(codec, shuffle, itemsize, 1.0, 0.0))
                     unpack(packed)
                     seconds = min(seconds, perf_counter() - began)
+                    if len(packed) > (1 - MIN_SAVED) * len(sample):
+                        break  # it will not be used, however fast
                 trials.append(Trial(codec, shuffle, itemsize, len(packed) / len(sample), seconds / len(sample)))
     return trials
 
