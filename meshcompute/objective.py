@@ -1,7 +1,8 @@
 """What placement is asked: a task graph over integers, what crossing costs, and what must hold.
 
-Covers the records that :func:`meshcompute.placement.place` takes and gives, costs from prices or from rates, and
-values that may not leave their pools. Does not cover how a plan is found.
+Covers the records that :func:`meshcompute.placement.place` takes and gives, and costs from
+prices or from rates. Does not cover how a plan is found, or values that may not leave their pools: they are pins by
+then (:mod:`meshcompute.sovereignty`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ __all__ = [
     "Flat",
     "Graph",
     "Links",
-    "NeverLeaveError",
     "Placement",
     "Terms",
     "known_sizes",
@@ -51,29 +51,6 @@ class ContradictingPinsError(ValueError):
         if len(self.tasks) == 1:
             return f"Task {self.tasks[0]} is pinned, but to none of the pools that exist."
         return f"Tasks {list(self.tasks)} must share one pool, but no pool is allowed for all of them."
-
-
-class NeverLeaveError(ValueError):
-    """Values that may not leave their pools are needed where they may not go.
-
-    Parameters
-    ----------
-    values
-        The tasks that yield them.
-    readers
-        The tasks that read them, and that no pool is left for.
-    """
-
-    def __init__(self, values: Sequence[int], readers: Sequence[int]) -> None:
-        super().__init__(tuple(values), tuple(readers))
-        self.values = tuple(values)
-        self.readers = tuple(readers)
-
-    def __str__(self) -> str:
-        return (
-            f"The values of tasks {list(self.values)} may not leave their pools, but tasks {list(self.readers)} read "
-            "them and may run in none of these. Reduce the values in their own pools first."
-        )
 
 
 class Flat(NamedTuple):
@@ -109,9 +86,6 @@ class Graph:
         Groups of tasks that have to run in one pool.
     wanted
         Tasks whose values go to the client.
-    never_leave
-        Tasks whose values may be read only in the pools that the task is pinned to, or else in the pool where it runs.
-        Whether the client may have them is not looked at.
     seconds
         For every task, how long one thread works on it, shape (n,); for :attr:`Links.threads`. None: no time.
     """
@@ -121,7 +95,6 @@ class Graph:
     pins: Sequence[tuple[int, ...] | None]
     together: Sequence[Sequence[int]] = ()
     wanted: Sequence[int] = ()
-    never_leave: Sequence[int] = ()
     seconds: Sequence[float] | None = None
 
 
@@ -239,14 +212,14 @@ class Placement:
 
 @dataclass(slots=True, kw_only=True)
 class Terms:
-    """A graph and its links in the form in which a search needs them: checked, and with never_leave made into pins.
+    """A graph and its links in the form in which a search needs them: checked.
 
     Attributes
     ----------
     dependencies, nbytes
         As in :class:`Graph`, all sizes known and none zero.
     pins, together
-        As in :class:`Graph`, what never_leave asks for included.
+        As in :class:`Graph`.
     n_pools
         How many pools there are.
     costs, per_message
@@ -316,15 +289,9 @@ def terms_of(graph: Graph, n_pools: int, links: Links | None) -> Terms:
         How many pools there are.
     links
         What crossing costs; None: every byte the same.
-
-    Raises
-    ------
-    NeverLeaveError
-        A task may run in none of the pools in which it may read its inputs.
     """
     links = Links.of_bytes(n_pools) if links is None else links
     sizes = [size or _EMPTY_NBYTES for size in known_sizes(graph.nbytes)]
-    pins, together = (graph.pins, graph.together) if not graph.never_leave else _confined(graph)
     to_client = links.per_byte_to_client or [0.0] * n_pools
     and_message = links.per_message_to_client or [0.0] * n_pools
     prices = (
@@ -338,8 +305,8 @@ def terms_of(graph: Graph, n_pools: int, links: Links | None) -> Terms:
     return Terms(
         dependencies=graph.dependencies,
         nbytes=sizes,
-        pins=pins,
-        together=together,
+        pins=graph.pins,
+        together=graph.together,
         n_pools=n_pools,
         costs=_without_diagonal(links.per_byte),
         per_message=None if links.per_message is None else _without_diagonal(links.per_message),
@@ -349,30 +316,3 @@ def terms_of(graph: Graph, n_pools: int, links: Links | None) -> Terms:
 
 def _without_diagonal(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[0.0 if p == q else float(x) for q, x in enumerate(row)] for p, row in enumerate(matrix)]
-
-
-def _confined(graph: Graph) -> tuple[list[tuple[int, ...] | None], list[Sequence[int]]]:
-    """Write what may not leave as pins of its readers, and as groups where the pool is still to be chosen."""
-    confined = set(graph.never_leave)
-    pins, together = list(graph.pins), list(graph.together)
-    readers: dict[int, list[int]] = {value: [] for value in confined}
-    for task, values in enumerate(rows_of(graph.dependencies)):
-        for value in values:
-            if value in confined:
-                readers[value].append(task)
-    queue = sorted(value for value in confined if pins[value] is not None)
-    for value in queue:
-        allowed = pins[value]
-        assert allowed is not None
-        for reader in readers[value]:
-            mine = pins[reader]
-            common = allowed if mine is None else tuple(pool for pool in mine if pool in allowed)
-            if not common:
-                others = [other for other in confined if reader in readers[other]]
-                raise NeverLeaveError(sorted(others), [reader])
-            if common != mine:
-                pins[reader] = common
-                if reader in confined:  # its own readers have less choice, too
-                    queue.append(reader)
-    together.extend([value, *readers[value]] for value in sorted(confined) if pins[value] is None and readers[value])
-    return pins, together

@@ -11,9 +11,10 @@ Tasks that may run in one pool only are fixed. For two pools it is a minimum cut
 How::
 
     contract   what some best plan decides anyway, in rounds over flat arrays: trees and everyday graphs whole
-    two pools  the rest is a minimum cut, found by a maximum flow: no plan costs less
-    more       cuts that isolate one pool each, then expansions, then single moves: at most 2 - 2/k times the least
-               where all pairs of pools cost the same, and hardly ever more than the least
+    two pools  the rest is a minimum cut, found by a maximum flow: no plan costs less. What is too large for one cut is
+               coarsened, cut and improved part by part: hardly ever 2 % more than the least
+    more       cuts that isolate one pool each, then expansions and swaps, then single moves: at most 2 - 2/k times the
+               least where all pairs of pools cost the same, and hardly ever more than the least
     without    a scheduler that has no numpy or no scipy gets a heuristic's plan, and the plan says so
 
 The same graph always gets the same plan, in every process.
@@ -40,7 +41,6 @@ from meshcompute.objective import (
     Flat,
     Graph,
     Links,
-    NeverLeaveError,
     Placement,
     Terms,
     known_sizes,
@@ -54,7 +54,6 @@ __all__ = [
     "Flat",
     "Graph",
     "Links",
-    "NeverLeaveError",
     "Placement",
     "bytes_between",
     "place",
@@ -86,8 +85,6 @@ def place(graph: Graph, n_pools: int, links: Links | None = None) -> Placement:
     ------
     ContradictingPinsError
         A pin without an existing pool, or a group of ``graph.together`` whose tasks share no allowed pool.
-    NeverLeaveError
-        A task may run in none of the pools in which it may read its inputs.
 
     Notes
     -----

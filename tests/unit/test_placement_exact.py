@@ -1,6 +1,6 @@
 """Placement against exact solvers: equal for two pools, close for more, and what holds for every plan.
 
-Covers random graphs against enumeration and an integer program, costs per link, results, values that may not leave,
+Covers random graphs against enumeration and an integer program, costs per link, results,
 computing time, and processes without numpy or scipy. Does not cover everyday workloads
 (:mod:`tests.unit.test_placement`).
 """
@@ -22,7 +22,7 @@ from scipy.sparse import coo_matrix
 from meshcompute.exactplacement import solve
 from meshcompute.heuristics import plan_heuristically
 from meshcompute.objective import terms_of
-from meshcompute.placement import FREE, Flat, Graph, Links, NeverLeaveError, Placement, place
+from meshcompute.placement import FREE, Flat, Graph, Links, Placement, place
 
 SIZES = (0.5, 1.0, 10.0, 100.0, 1000.0)
 
@@ -288,46 +288,6 @@ def test_dear_directions_are_avoided_and_latency_counts() -> None:
     assert place(graph, 2, Links.of_money([[0.0, 9.0], [1.0, 0.0]])).pools == [0, 1, 0]
     slow = Links.of_seconds([[1.0, 1.0], [1.0, 1.0]], [[0.0, 9.0], [0.0, 0.0]])
     assert place(graph, 2, slow).pools == [0, 1, 0]
-
-
-def test_what_may_not_leave_is_read_where_it_is() -> None:
-    #  raw (0, 100 B) -> mean -> difference <- other (1, 1000 B)
-    graph = Graph(
-        dependencies=[[], [0], [], [1, 2], [0, 2]],
-        nbytes=[100.0, 1.0, 1000.0, 1.0, 1.0],
-        pins=[(0,), None, (1,), None, None],
-        never_leave=[0],
-    )
-    pools = place(graph, 2).pools
-    assert pools[1] == pools[4] == 0
-    assert place(Graph(dependencies=graph.dependencies, nbytes=graph.nbytes, pins=graph.pins), 2).pools[4] == 1
-
-
-def test_what_may_not_leave_is_handed_on_and_replicas_may_be_read_at_each_of_their_pools() -> None:
-    graph = Graph(
-        dependencies=[[], [0], [1, 3], []],
-        nbytes=[1.0, 1.0, 1.0, 50.0],
-        pins=[(0, 2), None, None, (1,)],
-        never_leave=[1, 0],
-    )
-    pools = place(graph, 3).pools
-    assert pools[1] in (0, 2)
-    assert pools[2] == pools[1]
-
-
-@pytest.mark.parametrize("pins", [[(0,), (1,)], [(0, 2), (1,)]])
-def test_a_reader_elsewhere_of_what_may_not_leave_is_an_error_that_names_both(pins) -> None:
-    graph = Graph(dependencies=[[], [0]], nbytes=[1.0, 1.0], pins=pins, never_leave=[0])
-    with pytest.raises(NeverLeaveError, match="may not leave") as caught:
-        place(graph, 3)
-    assert (caught.value.values, caught.value.readers) == ((0,), (1,))
-
-
-def test_two_values_that_may_not_leave_different_pools_cannot_meet() -> None:
-    graph = Graph(dependencies=[[], [], [0, 1]], nbytes=[1.0] * 3, pins=[(0,), (1,), None], never_leave=[0, 1])
-    with pytest.raises(NeverLeaveError) as caught:
-        place(graph, 2)
-    assert (caught.value.values, caught.value.readers) == ((0, 1), (2,))
 
 
 def chains(n: int) -> Graph:
