@@ -380,11 +380,11 @@ def holders_told(scheduler, key, worker: str, stimulus_id: str) -> set[str]:
 def test_the_memory_manager_keeps_the_last_copy_of_every_pool_that_needs_one(two_pools):
     client = two_pools
     values = [submit(client, "a", np.full, 1000, float(i)) for i in range(10)]
-    gate = submit(client, "b", wait_for_event, "gate")
     here = [submit(client, "b", np.sum, value) for value in values]
     wait(here, timeout=30)
     assert all({name[0] for name in found} == {"a", "b"} for found in holders(client, values))
 
+    gate = submit(client, "b", wait_for_event, "gate")  # not before: what is behind it at its worker waits for it
     waiting = [submit(client, "b", lambda x, _: float(x.sum()), value, gate) for value in values[:5]]
     wait_until(lambda: on_scheduler(client, is_waited_for, [v.key for v in values[:5]]), "consumers that wait in b")
     client.amm.run_once()
