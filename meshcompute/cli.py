@@ -15,9 +15,9 @@ import click
 from click.core import ParameterSource
 
 import meshcompute
-from meshcompute import clustercli
 from meshcompute.errors import MeshError
 from meshcompute.lab.cli import lab
+from meshcompute.mesh import clustercli
 
 __all__ = ["main", "mesh"]
 

@@ -3,7 +3,7 @@
 Covers the two blocks, and the hooks that make this process respect pins: the optimisers of array, bag and
 delayed, the one place where every Dask client turns an expression into futures, ``Client.scatter``, and the
 salting of keys. Does not cover what happens on the scheduler (:mod:`meshcompute.planning`,
-:mod:`meshcompute.scheduling`).
+:mod:`meshcompute.scheduler.guard`).
 
 Notes
 -----
@@ -28,7 +28,7 @@ import dask.tokenize
 from distributed import Client, get_client
 from distributed.client import _get_global_client
 
-from meshcompute import frames, planning, shipping, taskgraph
+from meshcompute import planning, shipping
 from meshcompute.errors import (
     MeshError,
     NoClientError,
@@ -37,6 +37,7 @@ from meshcompute.errors import (
     UnknownPoolError,
     UnsupportedPinError,
 )
+from meshcompute.graphs import frames, taskgraph
 from meshcompute.imports import when_imported
 from meshcompute.links import objective_of, parse_links
 from meshcompute.packing import mode_of
@@ -111,7 +112,7 @@ def _block(pin: Pin) -> Iterator[None]:
 
 def _hook_writing(_: Any) -> None:
     # A layer above: what xarray writes inside of a block is written at the site. A scheduler never comes here.
-    importlib.import_module("meshcompute.writing").activate()
+    importlib.import_module("meshcompute.data.writing").activate()
 
 
 def _pin_of_names(names: tuple[str | None, ...], *, never_leave: bool) -> Pin:

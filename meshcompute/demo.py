@@ -1,8 +1,8 @@
 """``meshcompute demo``: one calculation on data of two sites, without pools and with them.
 
 Covers the order of what is shown, and what is printed. Does not cover the calculations (:mod:`meshcompute.showcases`),
-their data (:mod:`meshcompute.sampledata`) or the sites: those of this machine (:mod:`meshcompute.localsites`, with a
-:class:`~meshcompute.cluster.MeshCluster`), or of a cluster that is there.
+their data (:mod:`meshcompute.sampledata`) or the sites: those of this machine (:mod:`meshcompute.mesh.localsites`, with
+a :class:`~meshcompute.mesh.cluster.MeshCluster`), or of a cluster that is there.
 
 Notes
 -----
@@ -31,10 +31,10 @@ from distributed import Client, get_worker
 
 import meshcompute
 from meshcompute import sampledata
-from meshcompute.cluster import MeshCluster
 from meshcompute.embedded import POOL_PREFIX
 from meshcompute.errors import MeshError
-from meshcompute.localsites import LocalSites
+from meshcompute.mesh.cluster import MeshCluster
+from meshcompute.mesh.localsites import LocalSites
 from meshcompute.scratch import ScratchFolder
 from meshcompute.shipping import by_value
 from meshcompute.showcases import Ensemble, Scenarios, Showcase

@@ -2,8 +2,8 @@
 
 Covers starting and ending them, what each site can see, their logs, and that nothing outlives this process. Does not
 cover networks: everything listens on the loopback address only, and no root is needed. Nor does it cover daemons and
-leases, which :mod:`meshcompute.localsites` has: this is for tests and for trying pools out, with stock schedulers and
-workers of any environment, which may be killed.
+leases, which :mod:`meshcompute.mesh.localsites` has: this is for tests and for trying pools out, with stock schedulers
+and workers of any environment, which may be killed.
 
 ::
 

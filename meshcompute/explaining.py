@@ -24,14 +24,15 @@ from dask.typing import Key
 from dask.utils import format_bytes
 from distributed.client import _get_global_client
 
-from meshcompute import pinnedtasks, planning, taskgraph
+from meshcompute import planning
 from meshcompute.clients import links_wanted
 from meshcompute.comparing import Comparison
 from meshcompute.errors import NotACollectionError
-from meshcompute.learning import Sure, group_of
-from meshcompute.live import ClientView, EmptyView, View, answer_view
+from meshcompute.graphs import pinnedtasks, taskgraph
+from meshcompute.graphs.learning import Sure, group_of
 from meshcompute.packing import AUTO, OFF, mode_of
 from meshcompute.pools import Pin, activate, current_pin, pin_of_annotations
+from meshcompute.scheduler.live import ClientView, EmptyView, View, answer_view
 from meshcompute.settings import setting
 from meshcompute.shipping import by_value
 

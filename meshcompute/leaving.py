@@ -1,7 +1,7 @@
 """What may leave: the word that lets a result out of a pool that its data must not leave.
 
 Covers :func:`may_leave`. Does not cover what must stay (:func:`meshcompute.pool` with ``never_leave=True``), nor how
-that is kept (:mod:`meshcompute.sovereignty`, :mod:`meshcompute.schedulerborders`).
+that is kept (:mod:`meshcompute.graphs.sovereignty`, :mod:`meshcompute.scheduler.borders`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Links: what it takes and costs to send bytes from one pool to another, as it was given or measured.
 
 Covers the settings ``meshcompute.links`` and ``meshcompute.objective``, the book of measured rates, and the matrices
-that placement asks for. Does not cover how rates get measured (:mod:`meshcompute.schedulerlinks`) or what is made of
-them (:mod:`meshcompute.placement`).
+that placement asks for. Does not cover how rates get measured (:mod:`meshcompute.scheduler.links`) or what is made of
+them (:mod:`meshcompute.placement.placing`).
 
 A link is an ordered pair: what there costs nothing may cost much on the way back.
 """
@@ -19,8 +19,8 @@ from typing import Any
 
 from dask.utils import parse_bytes, parse_timedelta
 
-from meshcompute import placement
 from meshcompute.errors import SettingError
+from meshcompute.placement import placing
 
 __all__ = ["ANY", "CLIENT", "OBJECTIVES", "Link", "LinkTable", "RateBook", "objective_of", "parse_links"]
 
@@ -231,7 +231,7 @@ class LinkTable:
 
     def costs(
         self, pools: Sequence[str], threads: Sequence[float] | None = None, *, has_replicas: bool = False
-    ) -> placement.Links | None:
+    ) -> placing.Links | None:
         """Say what crossing costs, as placement asks for it.
 
         Parameters
@@ -245,7 +245,7 @@ class LinkTable:
 
         Returns
         -------
-        placement.Links or None
+        placing.Links or None
             None: every byte between two pools costs the same.
 
         Raises
@@ -254,7 +254,7 @@ class LinkTable:
             The objective is money, and a pair of pools has no price.
         """
         if self.objective == "seconds":
-            return placement.Links.of_seconds(
+            return placing.Links.of_seconds(
                 [[self.bytes_per_second(a, b) for b in pools] for a in pools],
                 [[self.latency_seconds(a, b) if a != b else 0.0 for b in pools] for a in pools],
                 bytes_per_second_to_client=[self.bytes_per_second(a, CLIENT) for a in pools],
@@ -265,19 +265,19 @@ class LinkTable:
             prices = [[self._price(a, b) if a != b else 0.0 for b in pools] for a in pools]
             to_client = [self.cost(a, CLIENT, 1.0) or 0.0 for a in pools]
             tie = _TIE * (max([*to_client, *(price for row in prices for price in row)]) or 1.0 / _GIGABYTE)
-            return placement.Links.of_money(
+            return placing.Links.of_money(
                 [[price + tie if i != j else 0.0 for j, price in enumerate(row)] for i, row in enumerate(prices)],
                 to_client,
             )
         return self._bytes_by_sooner_links(pools) if has_replicas else None
 
-    def _bytes_by_sooner_links(self, pools: Sequence[str]) -> placement.Links | None:
+    def _bytes_by_sooner_links(self, pools: Sequence[str]) -> placing.Links | None:
         """Let bytes cost the same but for a trifle, by which the sooner one of two links is the better one."""
         if len(pools) < 3 or not any(self.is_known(a, b) for a in pools for b in pools if a != b):
             return None  # of two pools, one has the reader
         seconds = [[self.seconds(a, b, _TYPICAL_NBYTES) if a != b else 0.0 for b in pools] for a in pools]
         longest = max(max(row) for row in seconds)
-        return placement.Links(
+        return placing.Links(
             per_byte=[
                 [1.0 + _SAME_BYTES * time / longest if i != j else 0.0 for j, time in enumerate(row)]
                 for i, row in enumerate(seconds)

@@ -1,7 +1,7 @@
 """Packing the bytes of values that cross between sites: which codec, and whether it pays.
 
 Covers the decision and the codec, over bytes and numbers alone. Does not cover who sends what to whom
-(:mod:`meshcompute.packedtransfers` on workers, :mod:`meshcompute.schedulerpacking` on the scheduler).
+(:mod:`meshcompute.packedtransfers` on workers, :mod:`meshcompute.scheduler.packing` on the scheduler).
 
 What is packed are the frames into which Dask has serialised a value, not the value: so arrays, masked arrays, tables
 and whatever else comes out bit by bit as it would without packing. Each frame knows the width of its elements, and

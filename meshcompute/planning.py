@@ -4,8 +4,8 @@ Covers the composition: materialise the user's expression, take the pins off its
 what is in memory already, place, add relays, and write the result as annotations that the scheduler obeys.
 :class:`PlannedExpression` is what a client sends in place of the user's expression: Dask evaluates it in the
 thread that it keeps for graphs, so that planning never holds the scheduler's event loop.
-Does not cover the decision itself (:mod:`meshcompute.placement`) or what happens at run time
-(:mod:`meshcompute.scheduling`).
+Does not cover the decision itself (:mod:`meshcompute.placement.placing`) or what happens at run time
+(:mod:`meshcompute.scheduler.guard`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from typing import Any
 from dask._task_spec import Alias, GraphNode
 from dask.typing import Key
 
-from meshcompute import learning, placement, taskgraph
 from meshcompute.collecting import ask_uncollected, uncollected
 from meshcompute.errors import UnsupportedPinError
+from meshcompute.graphs import learning, taskgraph
+from meshcompute.graphs.numbering import Index, dependencies_of, ordered
+from meshcompute.graphs.pinnedtasks import extract_pins
+from meshcompute.graphs.regrouping import Regrouped, Regrouping, regroup
+from meshcompute.graphs.sizes import estimate_nbytes
+from meshcompute.graphs.sovereignty import confine, pin_in_block, refuse_delivery
 from meshcompute.links import Link, LinkTable
-from meshcompute.live import EmptyView, Known, SchedulerView, View, find_scheduler
-from meshcompute.numbering import Index, dependencies_of, ordered
-from meshcompute.pinnedtasks import extract_pins
+from meshcompute.placement import placing
 from meshcompute.pools import ANNOTATION, PLAN, Held, Pin, pin_of_annotations, split_resources
-from meshcompute.regrouping import Regrouped, Regrouping, regroup
-from meshcompute.sizes import estimate_nbytes
-from meshcompute.sovereignty import confine, pin_in_block, refuse_delivery
+from meshcompute.scheduler.live import EmptyView, Known, SchedulerView, View, find_scheduler
 
 __all__ = ["Assignment", "PlannedExpression", "Request", "assign"]
 
@@ -96,7 +97,7 @@ class Assignment:
     guessed
         Keys whose estimates rest on a rule of thumb.
     learnt
-        Groups of tasks of which something was learnt in earlier runs (:func:`meshcompute.learning.group_of`).
+        Groups of tasks of which something was learnt in earlier runs (:func:`meshcompute.graphs.learning.group_of`).
     measured
         Keys whose values are in memory.
     links
@@ -320,7 +321,7 @@ def _place(
             pinned[index[key]] = numbers(seen.pools)
         elif seen.is_in_memory:
             pinned[index[key]] = None
-    graph = placement.Graph(
+    graph = placing.Graph(
         dependencies=dependencies_of(index, tasks, sealed),
         nbytes=[nbytes.get(key, 0.0) for key in keys],
         pins=pinned,
@@ -335,8 +336,8 @@ def _place(
         has_replicas=any(len(pools) > 1 for pools in allowed),
     )
     try:
-        pools = placement.place(graph, len(names), costs).pools
-    except placement.ContradictingPinsError as exc:
+        pools = placing.place(graph, len(names), costs).pools
+    except placing.ContradictingPinsError as exc:
         group = [taskgraph.name_of(keys[i]) for i in exc.tasks]
         raise UnsupportedPinError(
             f"A shuffle or rechunk has outputs pinned to different pools ({', '.join(sorted(set(group)))}). "
@@ -485,8 +486,8 @@ def install_guard(
     links, objective
         The same for its settings ``meshcompute.links`` and ``meshcompute.objective``.
     """
-    from meshcompute.schedulerpacking import apply_mode
-    from meshcompute.scheduling import Guard
+    from meshcompute.scheduler.guard import Guard
+    from meshcompute.scheduler.packing import apply_mode
 
     Guard.install(scheduler)
     scheduler.give_links(links, objective)

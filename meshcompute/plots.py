@@ -18,9 +18,9 @@ from dask.delayed import Delayed
 from dask.highlevelgraph import HighLevelGraph
 from dask.typing import Key
 
-from meshcompute import taskgraph
 from meshcompute.errors import MissingDependencyError, NotACollectionError
 from meshcompute.explaining import Plan, explain
+from meshcompute.graphs import taskgraph
 from meshcompute.pools import pin_of_annotations
 from meshcompute.traffic import CLIENT, UNPOOLED
 

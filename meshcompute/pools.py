@@ -1,7 +1,7 @@
 """Pools and pins: names, the pin that is current in this context, and keys salted with it.
 
 Covers what a pin is and which one holds where a line of the user's program stands. Does not cover how a pin
-reaches Dask's graphs (:mod:`meshcompute.taskgraph`), clients (:mod:`meshcompute.clients`) or schedulers.
+reaches Dask's graphs (:mod:`meshcompute.graphs.taskgraph`), clients (:mod:`meshcompute.clients`) or schedulers.
 """
 
 from __future__ import annotations

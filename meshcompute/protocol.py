@@ -1,8 +1,8 @@
 """The wire contract between a client and the daemon of a site.
 
 Covers the models of every request and answer, the paths, and the kinds of errors with their HTTP status. Does not
-cover how the bytes travel (:mod:`meshcompute.control`) nor what a site does with them. All requests are HTTP/JSON on
-a unix socket, below ``/v1``; who asks is known from the socket's peer credentials, never from the request.
+cover how the bytes travel (:mod:`meshcompute.mesh.control`) nor what a site does with them. All requests are HTTP/JSON
+on a unix socket, below ``/v1``; who asks is known from the socket's peer credentials, never from the request.
 
 =======  ===============================  =====================  =========================================
 method   path                             body                   answer

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "links": None,
     # What plans are to have little of: bytes, money or seconds.
     "objective": "bytes",
-    # Let each site reduce its own part first where data of several sites is reduced together (meshcompute.regrouping).
+    # Let each site reduce its own part first where data of several sites is reduced together (graphs.regrouping).
     "regroup-reductions": True,
 }
 

@@ -33,48 +33,48 @@ SCHEDULER_MODULES = (
     "imports",
     "collecting",
     "pools",
-    "objective",
-    "localsearch",
-    "hypergraph",
-    "heuristics",
-    "balancing",
-    "core",
-    "contraction",
-    "mincut",
-    "bisection",
-    "multiway",
-    "exactplacement",
-    "placement",
-    "tablesizes",
-    "sizes",
-    "learning",
+    "placement.objective",
+    "placement.localsearch",
+    "placement.hypergraph",
+    "placement.heuristics",
+    "placement.balancing",
+    "placement.core",
+    "placement.contraction",
+    "placement.mincut",
+    "placement.bisection",
+    "placement.multiway",
+    "placement.exact",
+    "placement.placing",
+    "graphs.tablesizes",
+    "graphs.sizes",
+    "graphs.learning",
     "links",
-    "sovereignty",
-    "adapting",
-    "pinnedtasks",
-    "taskgraph",
-    "numbering",
-    "associative",
-    "associativetables",
-    "reductionsteps",
-    "reductiontrees",
-    "regrouping",
-    "pinnedframes",
-    "frames",
-    "schedulerqueue",
-    "schedulerextensions",
-    "schedulerinternals",
-    "schedulerlinks",
-    "schedulerborders",
-    "scheduleradapting",
-    "schedulerstate",
-    "scheduling",
-    "live",
+    "graphs.sovereignty",
+    "scheduler.adapting",
+    "graphs.pinnedtasks",
+    "graphs.taskgraph",
+    "graphs.numbering",
+    "graphs.associative",
+    "graphs.associativetables",
+    "graphs.reductionsteps",
+    "graphs.reductiontrees",
+    "graphs.regrouping",
+    "graphs.pinnedframes",
+    "graphs.frames",
+    "scheduler.queues",
+    "scheduler.extensions",
+    "scheduler.internals",
+    "scheduler.links",
+    "scheduler.borders",
+    "scheduler.replacing",
+    "scheduler.state",
+    "scheduler.guard",
+    "scheduler.live",
     "packing",
     "packedtransfers",
     "planning",
     "shipping",
-    "schedulerpacking",
+    "scheduler.packing",
     "clients",
 )
 
@@ -177,9 +177,10 @@ class Shipment:
 @functools.cache
 def _sources() -> dict[str, str]:
     folder = Path(meshcompute.__file__).parent
-    names = {"meshcompute": folder / "__init__.py"}
-    names |= {f"meshcompute.{name}": folder / f"{name}.py" for name in SCHEDULER_MODULES}
-    return {name: path.read_text(encoding="utf-8") for name, path in names.items()}
+    packages = {"", *(f".{name.rpartition('.')[0]}" for name in SCHEDULER_MODULES if "." in name)}
+    paths = {f"meshcompute{name}": folder / name[1:] / "__init__.py" for name in packages}
+    paths |= {f"meshcompute.{name}": folder / f"{name.replace('.', '/')}.py" for name in SCHEDULER_MODULES}
+    return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
 
 
 def _receive(version: str, sources: dict[str, str] | None, payload: Any, *buffers: Any) -> Any:
@@ -197,7 +198,7 @@ def _receive(version: str, sources: dict[str, str] | None, payload: Any, *buffer
         def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
             if sources is None or fullname not in sources:
                 return None
-            is_package = fullname == "meshcompute"
+            is_package = any(name.startswith(f"{fullname}.") for name in sources)
             return importlib.machinery.ModuleSpec(fullname, self, origin="shipped", is_package=is_package)
 
         def exec_module(self, module: Any) -> None:

@@ -7,10 +7,10 @@
 set -euo pipefail
 # Looking whether it is there, with what it imports, is quicker than importing it twice.
 looks='import sys; from importlib.util import find_spec
-sys.exit(not all(map(find_spec, ("meshcompute.clustercli", "click", "distributed", "aiohttp", "pydantic"))))'
+sys.exit(not all(map(find_spec, ("meshcompute.mesh.clustercli", "click", "distributed", "aiohttp", "pydantic"))))'
 for python in ${PYTHON:-python python3}; do
     if "$python" -c "$looks" 2>/dev/null; then
-        exec "$python" -m meshcompute.clustercli up "$@"
+        exec "$python" -m meshcompute.mesh.clustercli up "$@"
     fi
 done
 echo "dask-boot.sh: ${PYTHON:-python} has no meshcompute. Install it (pip install .), or set PYTHON=/path/to/python." >&2

@@ -1,6 +1,6 @@
 """Plans and answers of sites as examples, for tests of what is decided about a cluster."""
 
-from meshcompute.meshplan import Member, MeshPlan
+from meshcompute.mesh.plan import Member, MeshPlan
 from meshcompute.protocol import ClusterStatus, PeerStatus, SchedulerRequest, WorkerRequest
 
 __all__ = ["KEYS", "SCHEDULER", "plan_of", "shaken", "status_of"]

@@ -2,8 +2,8 @@
 
 Covers the graph that Dask would run (fused, without relays or regrouping) as integers, the cost of a choice of sites,
 and two rivals: everything without a place at the best single site, and the rule by layers of the published library,
-in words of our own. Independent of :mod:`meshcompute.placement`, which is judged here. Does not cover the exact optimum
-(``placement_optimum.py``) or running anything.
+in words of our own. Independent of :mod:`meshcompute.placement.placing`, which is judged here. Does not cover the exact
+optimum (``placement_optimum.py``) or running anything.
 
 References
 ----------
@@ -24,9 +24,10 @@ from dask._task_spec import Alias
 from dask.base import collections_to_expr
 from dask.core import flatten
 
-from meshcompute import planning, taskgraph
-from meshcompute.pinnedtasks import extract_pins
-from meshcompute.sizes import estimate_nbytes
+from meshcompute import planning
+from meshcompute.graphs import taskgraph
+from meshcompute.graphs.pinnedtasks import extract_pins
+from meshcompute.graphs.sizes import estimate_nbytes
 
 FREE = -1  # a task that nothing with a place is connected to
 CLIENT = "client"

@@ -16,7 +16,7 @@ from placement_graphs import Given, Links, true_sizes
 from placement_optimum import optimum
 from placement_runs import Run
 
-from meshcompute.taskgraph import name_of
+from meshcompute.graphs.taskgraph import name_of
 
 
 class OurPlan:

@@ -1,7 +1,7 @@
 """The exact optimum of a given graph: the fewest bytes, by the cost of their links, that any choice of sites moves.
 
 Covers two sites by a minimum cut (maximum flow), and more by an integer program. Independent of
-:mod:`meshcompute.placement`, which is judged by it.
+:mod:`meshcompute.placement.placing`, which is judged by it.
 
 How, for two sites: a value v at site a that a reader r at site b wants crosses once, whoever else wants it there, so a
 node between stands for "v is wanted at b", and likewise for a::

@@ -19,7 +19,7 @@ from distributed import Client, get_worker, wait
 
 from meshcompute.clients import pool, propagate_pools
 from meshcompute.explaining import explain
-from meshcompute.scheduling import Guard
+from meshcompute.scheduler.guard import Guard
 from meshcompute.settings import setting
 from meshcompute.traffic import measure_traffic
 

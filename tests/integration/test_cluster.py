@@ -20,14 +20,14 @@ from distributed import Client
 from sshd import Sshd
 
 import meshcompute
-from meshcompute.cluster import MeshCluster
-from meshcompute.clusterrecord import UnknownClusterError, records
-from meshcompute.clusterviews import describe
 from meshcompute.errors import MeshError
-from meshcompute.localports import PortTakenError
+from meshcompute.mesh.cluster import MeshCluster
+from meshcompute.mesh.clusterrecord import UnknownClusterError, records
+from meshcompute.mesh.localports import PortTakenError
+from meshcompute.mesh.scaling import ScalingError
+from meshcompute.mesh.sites import SiteRefusedError, SiteUnreachableError
+from meshcompute.mesh.views import describe
 from meshcompute.protocol import WorkerRequest
-from meshcompute.scaling import ScalingError
-from meshcompute.sites import SiteRefusedError, SiteUnreachableError
 
 BOOT_SCRIPT = Path(__file__).parents[2] / "scripts" / "dask-boot.sh"
 ONE = WorkerRequest(processes_per_container=1)
@@ -323,7 +323,7 @@ def test_a_client_that_was_killed_leaves_nothing_after_its_lease(world, runtime_
 
 def test_a_detached_cluster_is_shown_read_and_ended_by_other_commands(world):
     def meshcompute_command(*arguments):
-        command = [sys.executable, "-m", "meshcompute.clustercli", *arguments]
+        command = [sys.executable, "-m", "meshcompute.mesh.clustercli", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
 
     started = subprocess.run(
@@ -350,9 +350,9 @@ def test_a_detached_cluster_is_shown_read_and_ended_by_other_commands(world):
 
 
 def test_a_cluster_that_was_ended_at_its_scheduler_ends_itself(world):
-    from meshcompute.control import SiteControl
+    from meshcompute.mesh.control import SiteControl
+    from meshcompute.mesh.sites import parse_site
     from meshcompute.protocol import MAX_EPOCH
-    from meshcompute.sites import parse_site
 
     cluster = world.cluster([world.sites[0]], workers=ONE)
 

@@ -16,10 +16,10 @@ import pytest
 from sitedaemon import BreakingDoor, SiteDaemon
 from sshd import Sshd
 
-import meshcompute.sshtunnel
-from meshcompute.control import SiteClient, SiteControl
+import meshcompute.mesh.sshtunnel
+from meshcompute.mesh.control import SiteClient, SiteControl
+from meshcompute.mesh.sites import SiteRefusedError, SiteUnreachableError, parse_site
 from meshcompute.protocol import ClusterSpec, WorkerRequest
-from meshcompute.sites import SiteRefusedError, SiteUnreachableError, parse_site
 
 SITE_COMMAND = f"{sys.executable} -c 'from controlplane.cli import main; main()'"
 SPEC = ClusterSpec(name="test", epoch=1, role="site", prefix="fda5:c0ff:eeee::/48", site=1)
@@ -299,8 +299,8 @@ def test_a_daemon_that_never_answers_is_given_up_in_time(tmp_path):
 def test_nothing_is_left_when_the_client_is_killed(sshd, daemon, sockets):
     code = (
         "import asyncio, json, sys\n"
-        "from meshcompute.control import SiteControl\n"
-        "from meshcompute.sites import parse_site\n"
+        "from meshcompute.mesh.control import SiteControl\n"
+        "from meshcompute.mesh.sites import parse_site\n"
         "async def run():\n"
         "    site = SiteControl(parse_site(sys.argv[1], socket=sys.argv[2]), ssh=json.loads(sys.argv[3]))\n"
         "    await site.open()\n"
@@ -325,7 +325,7 @@ def test_the_path_of_the_socket_is_short_wherever_the_runtime_folder_is(monkeypa
     long = tmp_path / ("x" * 120)
     long.mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(long))
-    folder = meshcompute.sshtunnel.choose_socket_folder()
-    assert len(str(folder / "site.sock")) <= meshcompute.sshtunnel.MAX_SOCKET_PATH
+    folder = meshcompute.mesh.sshtunnel.choose_socket_folder()
+    assert len(str(folder / "site.sock")) <= meshcompute.mesh.sshtunnel.MAX_SOCKET_PATH
     assert folder.parent != long
     assert not folder.exists()

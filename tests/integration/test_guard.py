@@ -36,7 +36,7 @@ from distributed import (
 from waiting import wait_until
 
 from meshcompute.errors import UnknownPoolError, UnmetDemandError
-from meshcompute.scheduling import Guard
+from meshcompute.scheduler.guard import Guard
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
 

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 from distributed import Client
 
-from meshcompute.cluster import MeshCluster
-from meshcompute.clusterrecord import records
 from meshcompute.embedded import MeshStartError
-from meshcompute.localsites import LocalSites
+from meshcompute.mesh.cluster import MeshCluster
+from meshcompute.mesh.clusterrecord import records
+from meshcompute.mesh.localsites import LocalSites
 
 # Its owner waits for the end; everything that belongs to it has its folder in the command line or the environment.
 OWNER = """
 import os, signal, sys, threading
-from meshcompute.cluster import MeshCluster
-from meshcompute.localsites import LocalSites
+from meshcompute.mesh.cluster import MeshCluster
+from meshcompute.mesh.localsites import LocalSites
 
 def main():
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a script starts with &

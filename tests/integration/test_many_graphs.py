@@ -20,11 +20,11 @@ from distributed import Client, wait
 from waiting import wait_until
 
 from meshcompute import pool, propagate_pools
-from meshcompute.learning import _MOST_GROUPS
+from meshcompute.graphs.learning import _MOST_GROUPS
 
 N_GRAPHS = int(os.environ.get("MESHCOMPUTE_MANY_GRAPHS", "2400"))
 STEP = 400
-LEARNT = ("entries of pool_sizes", "meshcompute.learning.")  # has a bound of its own
+LEARNT = ("entries of pool_sizes", "meshcompute.graphs.learning.")  # has a bound of its own
 SHORT_LOGS = {"DASK_DISTRIBUTED__ADMIN__LOW_LEVEL_LOG_LENGTH": "50"}
 
 

@@ -17,9 +17,9 @@ import xarray as xr
 from distributed import Client, LocalCluster, wait
 
 import meshcompute as mc
+from meshcompute.data.sitearrays import Reader, describe_dataset
+from meshcompute.data.siteside import SiteCall
 from meshcompute.errors import PoolsMissingError, UnknownPoolError
-from meshcompute.sitearrays import Reader, describe_dataset
-from meshcompute.siteside import SiteCall
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 

@@ -29,7 +29,7 @@ import pytest
 import xarray as xr
 
 import meshcompute as mc
-from meshcompute.writing import to_zarr
+from meshcompute.data.writing import to_zarr
 
 KEY, SECRET = "AKIAMESHCANARYKEY000", "mesh/canary/secret/0123456789"
 HOST = "objects"

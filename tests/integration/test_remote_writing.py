@@ -10,8 +10,8 @@ import pytest
 import xarray as xr
 
 import meshcompute as mc
-from meshcompute import sitecalls
-from meshcompute.writing import to_zarr
+from meshcompute.data import sitecalls
+from meshcompute.data.writing import to_zarr
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from dask._task_spec import Task, convert_legacy_graph
 from dask.base import collections_to_expr
 from distributed import Client, LocalCluster, Worker, wait
 
-from meshcompute.sizes import estimate_nbytes
+from meshcompute.graphs.sizes import estimate_nbytes
 
 
 @pytest.fixture(scope="module")

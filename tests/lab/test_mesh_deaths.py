@@ -202,9 +202,9 @@ def test_a_boot_that_is_interrupted_half_way_takes_down_what_there_is_and_says_s
 
 LATE = """
 import asyncio, json, sys
-from meshcompute.control import SiteControl
+from meshcompute.mesh.control import SiteControl
 from meshcompute.protocol import MAX_EPOCH, ClusterSpec
-from meshcompute.sites import SiteRefusedError, parse_site
+from meshcompute.mesh.sites import SiteRefusedError, parse_site
 
 def spec(epoch):
     return ClusterSpec(name="late", epoch=epoch, role="site", prefix="fda5:c0ff:eeee::/48", site=1, lease_seconds=60)

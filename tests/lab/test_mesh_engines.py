@@ -21,8 +21,8 @@ KEEPER = "meshcompute-gateway/"
 
 STATUS = """
 import asyncio, sys
-from meshcompute.control import SiteControl
-from meshcompute.sites import parse_site
+from meshcompute.mesh.control import SiteControl
+from meshcompute.mesh.sites import parse_site
 
 async def main():
     site = SiteControl(parse_site(sys.argv[1]))
@@ -140,7 +140,7 @@ START = f"setsid meshcompute-site serve --config {SECOND}/site.toml </dev/null >
 
 HAVE = """
 import asyncio, sys
-from meshcompute.control import SiteClient
+from meshcompute.mesh.control import SiteClient
 from meshcompute.protocol import ClusterSpec, WorkerRequest
 
 async def main(socket, cluster_id, prefix, lease_seconds):

@@ -179,7 +179,7 @@ GROW_AND_SHRINK = """
 import json, random, sys, time
 from distributed import Client, get_worker, wait
 from meshcompute import pool
-from meshcompute.cluster import MeshCluster
+from meshcompute.mesh.cluster import MeshCluster
 from meshcompute.protocol import WorkerRequest
 
 def found(client):

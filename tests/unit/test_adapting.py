@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshcompute.adapting import Situation, has_drifted, plan_moves
 from meshcompute.links import LinkTable, parse_links
+from meshcompute.scheduler.adapting import Situation, has_drifted, plan_moves
 
 
 def rates(objective="seconds", **bytes_per_second):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from meshcompute.clusterrecord import (
+from meshcompute.mesh.clusterrecord import (
     LEASES_REMEMBERED,
     LOG_REMEMBERED_SECONDS,
     ClusterRecord,

@@ -32,9 +32,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pandas.testing import assert_frame_equal, assert_series_equal
 
-from meshcompute import frames, pinnedtasks, taskgraph
 from meshcompute.clients import pool
-from meshcompute.pinnedtasks import PinnedTask
+from meshcompute.graphs import frames, pinnedtasks, taskgraph
+from meshcompute.graphs.pinnedtasks import PinnedTask
 from meshcompute.pools import Pin, current_pin
 
 

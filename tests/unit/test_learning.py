@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcompute.comparing import Comparison
-from meshcompute.learning import Kind, SizeBook, correct, group_of, kinds_of
-from meshcompute.sizes import estimate_nbytes
-from meshcompute.taskgraph import layers_of, materialize
+from meshcompute.graphs.learning import Kind, SizeBook, correct, group_of, kinds_of
+from meshcompute.graphs.sizes import estimate_nbytes
+from meshcompute.graphs.taskgraph import layers_of, materialize
 
 
 def ended(book, group, *sizes):

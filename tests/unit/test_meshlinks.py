@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 from meshplans import plan_of, shaken, status_of
 
-from meshcompute.meshlinks import bypass, new_relays, silent_pairs, to_blame, what_is_true, why_not_over
-from meshcompute.meshplan import MeshPlanError, check_members, is_stage_over, spec_of
+from meshcompute.mesh.linking import bypass, new_relays, silent_pairs, to_blame, what_is_true, why_not_over
+from meshcompute.mesh.plan import MeshPlanError, check_members, is_stage_over, spec_of
 
 
 def pair(*sites):

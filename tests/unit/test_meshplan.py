@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from meshplans import KEYS, SCHEDULER, plan_of, shaken, status_of
 
-from meshcompute.meshplan import (
+from meshcompute.mesh.plan import (
     STAGES,
     MeshPlanError,
     check_members,

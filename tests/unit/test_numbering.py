@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from dask._task_spec import Task, TaskRef
 
-from meshcompute.numbering import Index, dependencies_of, ordered
+from meshcompute.graphs.numbering import Index, dependencies_of, ordered
 
 KEYS: list[Any] = [("x", 1), ("x", 0, 1), ("x", "extra", 0), ("x", 0), "x", b"x", ("y",), 3, ("x", 10), ("x", 2)]
 
@@ -52,7 +52,7 @@ def test_every_task_reads_what_it_reads_and_nothing_that_has_no_number(monkeypat
 
 
 def test_the_order_does_not_depend_on_the_hashes_of_strings():
-    program = "from meshcompute.numbering import ordered; print(ordered({*'abcdef', *zip('ghij', range(4))}))"
+    program = "from meshcompute.graphs.numbering import ordered; print(ordered({*'abcdef', *zip('ghij', range(4))}))"
     found = {
         subprocess.run(
             [sys.executable, "-c", program],

@@ -20,7 +20,7 @@ from distributed.protocol.serialize import Serialize, Serialized, serialize_and_
 from meshcompute import packing
 from meshcompute.packedtransfers import announce, link_to, pack_frames, prepare_unpacking, withdraw
 from meshcompute.packing import AUTO, MIN_NBYTES, OFF, WIRE_NAME, Chooser, Links, Transfer, Trial, choose, mode_of
-from meshcompute.schedulerpacking import _is_packed, _unpack_all
+from meshcompute.scheduler.packing import _is_packed, _unpack_all
 
 MB = 1e6
 SLOW_LINK, FAST_LINK = 30e6 / 8, 10e9 / 8  # bytes per second

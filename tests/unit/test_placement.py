@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import maximum_flow
 
-from meshcompute.placement import FREE, ContradictingPinsError, Graph, bytes_between
-from meshcompute.placement import place as placement_of
-from meshcompute.sizes import estimate_nbytes
+from meshcompute.graphs.sizes import estimate_nbytes
+from meshcompute.placement.placing import FREE, ContradictingPinsError, Graph, bytes_between
+from meshcompute.placement.placing import place as placement_of
 
 SIZES = (0.0, 1.0, 10.0, 100.0, 1000.0)
 

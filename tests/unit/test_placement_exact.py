@@ -19,10 +19,10 @@ import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-from meshcompute.exactplacement import solve
-from meshcompute.heuristics import plan_heuristically
-from meshcompute.objective import terms_of
-from meshcompute.placement import FREE, Flat, Graph, Links, Placement, place
+from meshcompute.placement.exact import solve
+from meshcompute.placement.heuristics import plan_heuristically
+from meshcompute.placement.objective import terms_of
+from meshcompute.placement.placing import FREE, Flat, Graph, Links, Placement, place
 
 SIZES = (0.5, 1.0, 10.0, 100.0, 1000.0)
 
@@ -240,7 +240,7 @@ def test_every_search_keeps_pins_and_tells_what_its_plan_costs(search) -> None:
 def test_a_process_without_the_library_says_so_and_plans_all_the_same(missing: str) -> None:
     program = (
         f"import sys; sys.modules[{missing!r}] = None\n"
-        "from meshcompute.placement import Graph, Links, place\n"
+        "from meshcompute.placement.placing import Graph, Links, place\n"
         "graph = Graph(dependencies=[[], [], [0, 1]], nbytes=[9.0, 1.0, 1.0], pins=[(0,), (1,), None])\n"
         "found = place(graph, 2)\n"
         "print(found.pools, found.note)\n"
@@ -255,7 +255,7 @@ def test_other_processes_make_the_same_plan() -> None:
     program = (
         "import random, sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_placement_exact import random_graph, uneven\n"
-        "from meshcompute.placement import place\n"
+        "from meshcompute.placement.placing import place\n"
         "rng = random.Random(2)\n"
         "for n_pools in (2, 3, 5):\n"
         "    graph = random_graph(rng, 80, n_pools)\n"

@@ -11,8 +11,8 @@ import random
 
 import pytest
 
-from meshcompute import bisection, mincut
-from meshcompute.placement import FREE, Graph, Links, bytes_between, place
+from meshcompute.placement import bisection, mincut
+from meshcompute.placement.placing import FREE, Graph, Links, bytes_between, place
 
 PER_LAYER = 1500
 

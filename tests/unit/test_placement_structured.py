@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
-from meshcompute.placement import FREE, Graph, Links, Placement, place
+from meshcompute.placement.placing import FREE, Graph, Links, Placement, place
 
 Pin = tuple[int, ...] | None
 

@@ -25,13 +25,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshcompute import planning
-from meshcompute.associative import FAMILIES, loaded
-from meshcompute.associativetables import BAGS, TABLES
 from meshcompute.clients import pool
 from meshcompute.explaining import Plan
-from meshcompute.live import EmptyView
+from meshcompute.graphs.associative import FAMILIES, loaded
+from meshcompute.graphs.associativetables import BAGS, TABLES
+from meshcompute.graphs.reductionsteps import Reader
 from meshcompute.planning import Assignment, Request
-from meshcompute.reductionsteps import Reader
+from meshcompute.scheduler.live import EmptyView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,17 +20,14 @@ from meshcompute import (
     open_mfdataset,
     open_zarr,
     pool,
-    remote,
-    sitearrays,
-    siteside,
-    writing,
 )
+from meshcompute.data import opening, sitearrays, siteside, writing
+from meshcompute.data.sitecalls import names_of_site
+from meshcompute.data.sitefiles import SiteFileSystem, filesystem
+from meshcompute.data.sitestore import SiteStore, _Changes
+from meshcompute.data.tables import _Piece
 from meshcompute.errors import NoClientError, PoolNameError, UnsupportedPinError
 from meshcompute.shipping import by_value
-from meshcompute.sitecalls import names_of_site
-from meshcompute.sitefiles import SiteFileSystem, filesystem
-from meshcompute.sitestore import SiteStore, _Changes
-from meshcompute.tables import _Piece
 
 SECRET = "wJalrXUtnFEMI-canary"
 
@@ -131,10 +128,10 @@ def test_a_variable_of_dates_that_numpy_cannot_hold_is_laid_out_too(tmp_path: Pa
     dates = xarray.date_range("2000-01-01", periods=6, calendar="360_day", use_cftime=True).values.reshape(3, 2)
     stored = xarray.Dataset({"t": ("time", np.arange(3.0))}, {"bounds": (("time", "side"), dates)})
     stored.to_netcdf(path)
-    source = remote._Description(("a",), str(path), {}, None)
+    source = opening._Description(("a",), str(path), {}, None)
     source._content = sitearrays.describe_dataset(str(path), {}, None)
     for chunks in ({}, "auto", {"time": 1}):
-        opened = remote._open_description(source, {"chunks": chunks})
+        opened = opening._open_description(source, {"chunks": chunks})
         assert opened.bounds.dtype == object
         assert opened.bounds.chunks == xarray.open_dataset(path, chunks=chunks).bounds.chunks
         with dask.config.set(scheduler="synchronous"):
@@ -173,7 +170,7 @@ def test_a_site_may_be_several_replicas() -> None:
 
 def test_the_same_path_at_two_sites_is_two_datasets() -> None:
     def named(sites: tuple[str, ...], version: object, **options: object) -> str:
-        source = remote._Description(sites, "/data/x.nc", options, None)
+        source = opening._Description(sites, "/data/x.nc", options, None)
         source._content = {"version": version}
         return dask.base.tokenize(source)
 
@@ -182,7 +179,7 @@ def test_the_same_path_at_two_sites_is_two_datasets() -> None:
 
 
 def test_options_are_split_into_those_for_the_site_and_those_for_the_client() -> None:
-    at_site, local = remote._split_options(
+    at_site, local = opening._split_options(
         {
             "chunks": None,
             "engine": None,
@@ -195,7 +192,7 @@ def test_options_are_split_into_those_for_the_site_and_those_for_the_client() ->
     assert at_site == {"group": "g", "lock": None}
     assert local == {"chunks": {}, "inline_array": True}
     with pytest.raises(ValueError, match="chunked_array_type"):
-        remote._split_options({"chunks": {}, "chunked_array_type": "cubed"})
+        opening._split_options({"chunks": {}, "chunked_array_type": "cubed"})
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshcompute.scaling import ScalingError, SiteLoad, adapted_containers, containers_for, share_workers
-from meshcompute.versions import differing_versions, installed_versions, render_versions
+from meshcompute.mesh.scaling import ScalingError, SiteLoad, adapted_containers, containers_for, share_workers
+from meshcompute.mesh.versions import differing_versions, installed_versions, render_versions
 
 
 @given(st.integers(1, 200), st.integers(1, 8))

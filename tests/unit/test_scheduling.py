@@ -17,12 +17,13 @@ from distributed.stealing import WorkStealing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshcompute import schedulerinternals
 from meshcompute.errors import MeshError, UnknownPoolError, UnmetDemandError
 from meshcompute.pools import Held
-from meshcompute.schedulerextensions import EXTENSIONS
-from meshcompute.schedulerinternals import check_internals
-from meshcompute.schedulerqueue import (
+from meshcompute.scheduler import internals
+from meshcompute.scheduler.extensions import EXTENSIONS
+from meshcompute.scheduler.guard import Guard, shuffle_pool
+from meshcompute.scheduler.internals import check_internals
+from meshcompute.scheduler.queues import (
     IdleWorkers,
     Lanes,
     PoolQueue,
@@ -32,8 +33,7 @@ from meshcompute.schedulerqueue import (
     is_pinned,
     pool_of,
 )
-from meshcompute.schedulerstate import PoolScheduler
-from meshcompute.scheduling import Guard, shuffle_pool
+from meshcompute.scheduler.state import PoolScheduler
 
 # ---------------------------------------------------------------------- what we rely on in distributed
 
@@ -80,7 +80,7 @@ def test_every_method_that_we_override_exists_and_is_checked():
     ours = {"pool_transitions", "_parent", "_plan", "pool_lanes", "pool_counts", "pool_sizes", "is_pool_expected"}
     for name, method in vars(PoolScheduler).items():
         if callable(method) and not name.startswith("__") and name not in ours and hasattr(Scheduler, name):
-            assert name in schedulerinternals._METHODS, name
+            assert name in internals._METHODS, name
 
 
 # ---------------------------------------------------------------------- pools of tasks

@@ -5,14 +5,14 @@ import pickle
 import pytest
 
 from meshcompute.errors import MeshError
-from meshcompute.sites import (
+from meshcompute.mesh.sites import (
     SiteAddress,
     SiteAddressError,
     SiteRefusedError,
     SiteUnreachableError,
     parse_site,
 )
-from meshcompute.sshtunnel import cause_of_ssh, ssh_command
+from meshcompute.mesh.sshtunnel import cause_of_ssh, ssh_command
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from dask.order import order
 from dask.sizeof import sizeof
 from dask.typing import Key
 
-from meshcompute.sizes import estimate_nbytes
+from meshcompute.graphs.sizes import estimate_nbytes
 
 DEFAULT_NBYTES = 1024  # distributed.scheduler.default-data-size
 SLACK_NBYTES = 200  # below it, the overhead of Python's objects blurs every ratio

@@ -18,10 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshcompute import errors, explain, may_leave, pool
-from meshcompute.live import EmptyView
+from meshcompute.graphs.sovereignty import confine, refuse_delivery
 from meshcompute.planning import Request, assign
 from meshcompute.pools import Pin
-from meshcompute.sovereignty import confine, refuse_delivery
+from meshcompute.scheduler.live import EmptyView
 
 
 def task(key, *inputs):

@@ -16,10 +16,10 @@ from dask._task_spec import Task
 from dask.base import collections_to_expr
 from dask.core import flatten
 
-from meshcompute import taskgraph
 from meshcompute.clients import pool
 from meshcompute.errors import UnsupportedPinError
-from meshcompute.pinnedtasks import PinnedTask, extract_pins, pinned
+from meshcompute.graphs import taskgraph
+from meshcompute.graphs.pinnedtasks import PinnedTask, extract_pins, pinned
 from meshcompute.pools import Pin
 
 A, B = Pin(("a",)), Pin(("b",))

@@ -10,7 +10,7 @@ from controlplane.network.topology import GatewayState, PeerState
 from controlplane.reconcile import Observed, Problem, Report
 from controlplane.status import gone_status, status_of
 from controlplane.workers.base import WorkerState
-from meshcompute.meshplan import why_failed
+from meshcompute.mesh.plan import why_failed
 
 NOW = 1010.0
 

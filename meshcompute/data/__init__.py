@@ -1,0 +1,1 @@
+"""Data at a site, for a client that cannot see it: arrays, tables and files, read and written."""

@@ -1,0 +1,1 @@
+"""One cluster over several sites: booted, watched, changed in size and taken down."""

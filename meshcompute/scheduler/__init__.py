@@ -1,0 +1,1 @@
+"""A live scheduler that knows pools. All that touches distributed's scheduler internals is here."""
