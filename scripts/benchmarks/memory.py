@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from typing import Any, Self
 import dask
 import dask.array as da
 import numpy as np
+from inlab import surroundings
 
 from meshcompute import pool, propagate_pools
 from meshcompute.embedded import EmbeddedMesh
@@ -251,6 +251,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--picture", type=Path, help="draw the figures to this file")
     options = parser.parse_args()
+    where = surroundings()
     results: list[dict[str, Any]] = []
     deadline = time.monotonic() + 60 * options.minutes
     ways = ("stock", "naive", "ours") if options.naive else ("stock", "ours")
@@ -273,9 +274,7 @@ def main() -> int:
                 "seconds": {way: statistics.median(run[way]["seconds"] for run in runs) for way in ways},
             }
         )
-    print(
-        f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}"
-    )
+    print(f"\n{where}")
     print(f"{options.chunks} chunks of {CHUNK_NBYTES / 1e6:g} MB, 2 threads in each worker process")
     print(f"{'shape':<20}{'runs':>6}{'way':>8}{'peak MB':>10}{'min':>8}{'max':>8}{'x stock':>10}{'seconds':>10}")
     for r in results:
@@ -288,7 +287,7 @@ def main() -> int:
     worst = max(r["ratio"]["ours"] for r in results)
     print(f"\nours: {worst:.2f} x stock's peak at worst (bar {BAR:g})")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps({"where": where, "rows": results}, indent=1))
     if options.picture:
         draw(results, options.picture)
     return int(options.check and worst > BAR)

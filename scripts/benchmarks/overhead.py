@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import string
 import sys
@@ -33,6 +32,7 @@ import dask
 import dask.array as da
 import numpy as np
 from distributed import Client, Event
+from inlab import surroundings
 
 from meshcompute import pool, propagate_pools
 from meshcompute.embedded import EmbeddedMesh
@@ -290,15 +290,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--picture", type=Path, help="draw the figures to this file")
     options = parser.parse_args()
+    where = surroundings()
     dask.config.set({"distributed.admin.large-graph-warning-threshold": "10GB"})
     rows = FULL_ROWS if options.full else ROWS
     if options.tasks:
         rows = tuple((n, 2) for n in options.tasks)
     deadline = time.monotonic() + 60 * options.minutes
     results = measured(rows, options.pairs, lambda n: n >= options.most or time.monotonic() > deadline)
-    print(
-        f"\n{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, dask {dask.__version__}"
-    )
+    print(f"\n{where}")
     print(
         f"{'tasks':>9}{'pools':>7}{'pairs':>7}{'way':>9}{'CPU s':>9}{'added us/task':>15}{'min':>8}{'max':>8}"
         f"{'submit hold s':>15}{'cancel hold s':>15}"
@@ -320,7 +319,7 @@ def main() -> int:
             f"tasks {r['tasks']['placed'] / r['tasks']['stock']:.3f} x"
         )
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1))
+        options.json.write_text(json.dumps({"where": where, "rows": results}, indent=1))
     if options.picture:
         draw(results, options.picture)
     failures = missed(results)
