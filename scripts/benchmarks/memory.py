@@ -6,8 +6,10 @@ a resource restriction are not queued, and data piles up. Three ways, each on a 
 stock (no pins), naive (``dask.annotate(resources=...)`` without our guard, fusion off so that the annotation survives;
 with ``--naive``), and ours (``pool()`` and ``propagate_pools()``). Peak memory is the largest resident size of all
 workers together, above what they had just before the graph came: the kernel's figures, looked at every few
-milliseconds. Where the middle half of the runs' ratios to stock lies on both sides of the bar, more runs are made, up
-to ``--most``, and as long as ``--minutes`` last. Figures are medians; the ratio is that of neighbours' ratios.
+milliseconds. Meshes are made anew after a few runs: how a scheduler spreads equal tasks stays the same while it runs,
+and differs from one to the next by a fifth. Where the middle half of the runs' ratios to stock lies on both sides of
+the bar, more runs are made, up to ``--most``, and as long as ``--minutes`` last. Figures are medians; the ratio is that
+of neighbours' ratios.
 
 Run it in an environment with meshcompute installed: ``python scripts/benchmarks/memory.py --check``
 """
@@ -39,6 +41,7 @@ BAR = 1.1
 TICK_SECONDS = 0.003
 _PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
 CHUNK_NBYTES = 8_000_000
+RUNS_PER_MESH = 3
 
 
 def load(x: np.ndarray, nonce: int) -> np.ndarray:
@@ -192,15 +195,16 @@ def measured(
     """Measure a shape in all ways, run by run, until the figures are not near the bar or there are enough."""
     shape = SHAPES[name]
     runs: list[dict[str, dict[str, float]]] = []
-    with contextlib.ExitStack() as meshes:
-        mesh = {way: meshes.enter_context(started(shape[0])) for way in ways}
-        for way in ways:
-            measure(way, mesh[way], shape, 4 * sum(shape[0].values()))  # imports
-        while len(runs) < least or (not is_enough(len(runs)) and is_near_the_bar(runs)):
-            i = len(runs)
-            runs.append({way: measure(way, mesh[way], shape, n) for way in (ways if i % 2 else ways[::-1])})
-            figures = ", ".join(f"{way} {runs[-1][way]['peak_nbytes'] / 1e6:.0f} MB" for way in ways)
-            print(f"  {name}, run {i + 1}: {figures}", flush=True)
+    while len(runs) < least or (not is_enough(len(runs)) and is_near_the_bar(runs)):
+        with contextlib.ExitStack() as meshes:
+            mesh = {way: meshes.enter_context(started(shape[0])) for way in ways}
+            for way in ways:
+                measure(way, mesh[way], shape, 4 * sum(shape[0].values()))  # imports
+            for _ in range(RUNS_PER_MESH):
+                i = len(runs)
+                runs.append({way: measure(way, mesh[way], shape, n) for way in (ways if i % 2 else ways[::-1])})
+                figures = ", ".join(f"{way} {runs[-1][way]['peak_nbytes'] / 1e6:.0f} MB" for way in ways)
+                print(f"  {name}, run {i + 1}: {figures}", flush=True)
     found = [figures["result"] for run in runs for figures in run.values()]
     if not np.allclose(found, found[0]):
         raise RuntimeError(f"{name}: the ways have different results: {found}")
@@ -242,9 +246,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=80, help="chunks of 8 MB")
-    parser.add_argument("--runs", type=int, default=5, help="runs of each way, in turn")
-    parser.add_argument("--most", type=int, default=11, help="runs of a shape whose figures are near the bar")
-    parser.add_argument("--minutes", type=float, default=6.0, help="after so long, no more runs than --runs are made")
+    parser.add_argument("--runs", type=int, default=6, help="runs of each way, in turn")
+    parser.add_argument("--most", type=int, default=15, help="runs of a shape whose figures are near the bar")
+    parser.add_argument("--minutes", type=float, default=5.0, help="after so long, no more runs than --runs are made")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="some of the shapes")
     parser.add_argument("--naive", action="store_true", help="measure naive pins, too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if the bar is missed")
