@@ -90,7 +90,7 @@ class SizeBook:
 
     def __init__(self) -> None:
         self._kinds: dict[Kind, _Record] = {}
-        self._groups: dict[str, tuple[_Record, _Record]] = {}  # its own, and that of its kind
+        self._groups: dict[str, tuple[_Record, ...]] = {}  # its own, and that of its kind
         self._lock = threading.Lock()
 
     def expect(self, kind_by_group: Mapping[str, Kind]) -> None:
@@ -107,7 +107,11 @@ class SizeBook:
                 if of_kind.n > _MEMORY:
                     of_kind.fade()
                 self._kinds[kind] = of_kind
-                own = self._groups.pop(group, (_Record(kind.nbytes), of_kind))[0]
+                before = self._groups.pop(group, ())
+                if _is_nameless(group, kind):
+                    self._groups[group] = (of_kind,)
+                    continue
+                own = before[0] if before else _Record(kind.nbytes)
                 if own.n >= 1.0:  # the same tasks again: this time counts most
                     own.fade()
                 own.estimate = kind.nbytes
@@ -138,8 +142,8 @@ class SizeBook:
         """
         found = {}
         for group, kind in kind_by_group.items():
-            own, _ = self._groups.get(group, (None, None))
-            record = own if own is not None and own.n else self._kinds.get(kind)
+            records = () if _is_nameless(group, kind) else self._groups.get(group, ())
+            record = records[0] if records and records[0].n else self._kinds.get(kind)
             if record is not None and record.n:
                 found[group] = record.nbytes / record.n
         return found
@@ -158,6 +162,11 @@ class SizeBook:
 
     def __len__(self) -> int:
         return max(len(self._kinds), len(self._groups))
+
+
+def _is_nameless(group: str, kind: Kind) -> bool:
+    """Whether a group is all tasks of a name: a key that is a string is counted without its token."""
+    return group == kind[0]
 
 
 def _forget(records: dict[Any, Any], most: int) -> None:

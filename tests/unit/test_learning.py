@@ -197,3 +197,16 @@ def test_a_comparison_of_nothing_says_so():
     assert "nothing did" in str(Comparison({}, {}))
     assert Comparison({}, {}).ratio == 1
     assert Comparison({}, {("a", "b"): 1}).ratio == math.inf
+
+
+def test_keys_without_a_token_are_known_by_their_kind_alone():
+    # Dask's last task of every computation is called the same, and the scheduler counts all of them as one group.
+    book = SizeBook()
+    name = "finalize-hlgfinalizecompute"
+    small, large = {name: Kind(name, 1, 80.0)}, {name: Kind(name, 1, 3200.0)}
+    for kinds, nbytes in ((large, 3200), (small, 80)):
+        book.expect(kinds)
+        book.ended(name, nbytes)
+    assert book.learnt(large) == {name: 3200.0}
+    assert book.learnt(small) == {name: 80.0}
+    assert book.learnt({name: Kind(name, 1, 8.0)}) == {}
