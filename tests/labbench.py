@@ -192,7 +192,7 @@ class LabBench:
 
     def containers(self, host: str, *, every: bool = True) -> list[str]:
         """Names of the containers of clusters that a host's engine has."""
-        options = ["--filter", "label=meshcompute.mesh.cluster", *(["--all"] if every else [])]
+        options = ["--filter", "label=meshcompute.cluster", *(["--all"] if every else [])]
         return sorted(self.lab.run(host, "docker", "ps", *options, "--format", "{{.Names}}").stdout.split())
 
     def log(self, host: str, service: str = "site") -> str:
