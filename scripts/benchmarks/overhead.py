@@ -279,7 +279,8 @@ def measured(rows: Sequence[tuple[int, int]], least: int, is_enough: Callable[[i
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", type=int, nargs="+", help="sizes of the graph, for two pools, instead of the usual")
+    parser.add_argument("--tasks", type=int, nargs="+", help="sizes of the graph, instead of the usual rows")
+    parser.add_argument("--pools", type=int, default=2, help="pools of the rows of --tasks")
     parser.add_argument("--pairs", type=int, default=5, help="pairs that are run of every size")
     parser.add_argument(
         "--most", type=int, default=11, help="pairs that are run of a size whose figures are near a bar"
@@ -294,7 +295,7 @@ def main() -> int:
     dask.config.set({"distributed.admin.large-graph-warning-threshold": "10GB"})
     rows = FULL_ROWS if options.full else ROWS
     if options.tasks:
-        rows = tuple((n, 2) for n in options.tasks)
+        rows = tuple((n, options.pools) for n in options.tasks)
     deadline = time.monotonic() + 60 * options.minutes
     results = measured(rows, options.pairs, lambda n: n >= options.most or time.monotonic() > deadline)
     print(f"\n{where}")
