@@ -6,10 +6,10 @@ a resource restriction are not queued, and data piles up. Three ways, each on a 
 stock (no pins), naive (``dask.annotate(resources=...)`` without our guard, fusion off so that the annotation survives;
 with ``--naive``), and ours (``pool()`` and ``propagate_pools()``). Peak memory is the largest resident size of all
 workers together, above what they had just before the graph came: the kernel's figures, looked at every few
-milliseconds. Meshes are made anew after a few runs: how a scheduler spreads equal tasks stays the same while it runs,
-and differs from one to the next by a fifth. Where the middle half of the runs' ratios to stock lies on both sides of
-the bar, more runs are made, up to ``--most``, and as long as ``--minutes`` last. Figures are medians; the ratio is that
-of neighbours' ratios.
+milliseconds. Meshes are made anew after a few runs, and every run has data of its own: in which order equal tasks come
+is Dask's choice by their names, and differs from one graph to the next by a fifth. Where the middle half of the runs'
+ratios to stock lies on both sides of the bar, more runs are made, up to ``--most``, and as long as ``--minutes`` last.
+Figures are medians; the ratio is that of neighbours' ratios.
 
 Run it in an environment with meshcompute installed: ``python scripts/benchmarks/memory.py --check``
 """
@@ -101,8 +101,8 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def compute(way: str, shape: Shape, n: int) -> float:
-    """Compute a shape."""
+def compute(way: str, shape: Shape, n: int, nonce: int) -> float:
+    """Compute a shape, on data of its own."""
 
     @contextlib.contextmanager
     def at(name: str) -> Iterator[None]:
@@ -119,7 +119,7 @@ def compute(way: str, shape: Shape, n: int) -> float:
     parts = []
     for i, (name, share) in enumerate(shares.items()):
         with at(name):
-            parts.append(chunks(max(int(n * share), 4), i + 1))
+            parts.append(chunks(max(int(n * share), 4), 10 * nonce + i + 1))
     total = work(*parts)
     with propagate_pools() if way == "ours" else contextlib.nullcontext():
         return float(total.compute(optimize_graph=way != "naive"))
@@ -177,7 +177,7 @@ def trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def measure(way: str, mesh: EmbeddedMesh, shape: Shape, n: int) -> dict[str, float]:
+def measure(way: str, mesh: EmbeddedMesh, shape: Shape, n: int, nonce: int) -> dict[str, float]:
     """Compute a shape once, on a mesh that is idle."""
     with mesh.client() as client:
         client.wait_for_workers(sum(shape[0].values()), timeout=60)
@@ -185,7 +185,7 @@ def measure(way: str, mesh: EmbeddedMesh, shape: Shape, n: int) -> dict[str, flo
         pids = [pid for name, pid in mesh.pids.items() if name != "scheduler"]
         begun = time.perf_counter()
         with Watch(pids) as watch:
-            result = compute(way, shape, n)
+            result = compute(way, shape, n, nonce)
         return {"peak_nbytes": watch.peak_nbytes, "seconds": time.perf_counter() - begun, "result": result}
 
 
@@ -199,15 +199,17 @@ def measured(
         with contextlib.ExitStack() as meshes:
             mesh = {way: meshes.enter_context(started(shape[0])) for way in ways}
             for way in ways:
-                measure(way, mesh[way], shape, 4 * sum(shape[0].values()))  # imports
+                measure(way, mesh[way], shape, 4 * sum(shape[0].values()), 0)  # imports
             for _ in range(RUNS_PER_MESH):
                 i = len(runs)
-                runs.append({way: measure(way, mesh[way], shape, n) for way in (ways if i % 2 else ways[::-1])})
+                order = ways if i % 2 else ways[::-1]
+                runs.append({way: measure(way, mesh[way], shape, n, i + 1) for way in order})
                 figures = ", ".join(f"{way} {runs[-1][way]['peak_nbytes'] / 1e6:.0f} MB" for way in ways)
                 print(f"  {name}, run {i + 1}: {figures}", flush=True)
-    found = [figures["result"] for run in runs for figures in run.values()]
-    if not np.allclose(found, found[0]):
-        raise RuntimeError(f"{name}: the ways have different results: {found}")
+    for run in runs:
+        found = [figures["result"] for figures in run.values()]
+        if not np.allclose(found, found[0]):
+            raise RuntimeError(f"{name}: the ways have different results: {found}")
     return runs
 
 
