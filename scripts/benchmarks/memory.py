@@ -7,9 +7,9 @@ stock (no pins), naive (``dask.annotate(resources=...)`` without our guard, fusi
 with ``--naive``), and ours (``pool()`` and ``propagate_pools()``). Peak memory is the largest resident size of all
 workers together, above what they had just before the graph came: the kernel's figures, looked at every few
 milliseconds. Meshes are made anew after a few runs, and every run has data of its own: in which order equal tasks come
-is Dask's choice by their names, and differs from one graph to the next by a fifth. Where the middle half of the runs'
-ratios to stock lies on both sides of the bar, more runs are made, up to ``--most``, and as long as ``--minutes`` last.
-Figures are medians; the ratio is that of neighbours' ratios.
+is Dask's choice by their names, and differs from one graph to the next by a fifth. The ratio to stock is the geometric
+mean of the runs' own ratios, with its standard error. As long as the bar is less than two standard errors away, more
+runs are made, up to ``--most``, and as long as ``--minutes`` last. Peaks are medians.
 
 Run it in an environment with meshcompute installed: ``python scripts/benchmarks/memory.py --check``
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import sys
@@ -41,7 +42,7 @@ BAR = 1.1
 TICK_SECONDS = 0.003
 _PAGE_NBYTES = os.sysconf("SC_PAGE_SIZE")
 CHUNK_NBYTES = 8_000_000
-RUNS_PER_MESH = 3
+RUNS_PER_MESH = 4
 
 
 def load(x: np.ndarray, nonce: int) -> np.ndarray:
@@ -213,15 +214,16 @@ def measured(
     return runs
 
 
-def ratios(runs: Sequence[dict[str, dict[str, float]]], way: str = "ours") -> list[float]:
-    """Peak of a way, stock's of the same run = 1."""
-    return [run[way]["peak_nbytes"] / run["stock"]["peak_nbytes"] for run in runs]
+def ratio(runs: Sequence[dict[str, dict[str, float]]], way: str = "ours") -> tuple[float, float]:
+    """Geometric mean of the runs' ratios to stock, and its standard error as a part of it."""
+    logs = [math.log(run[way]["peak_nbytes"] / run["stock"]["peak_nbytes"]) for run in runs]
+    return math.exp(statistics.fmean(logs)), statistics.stdev(logs) / math.sqrt(len(logs))
 
 
 def is_near_the_bar(runs: Sequence[dict[str, dict[str, float]]]) -> bool:
-    """Whether the middle half of the runs lies on both sides of the bar."""
-    first, _, third = statistics.quantiles(ratios(runs), n=4)
-    return first <= BAR <= third
+    """Whether the bar is within two standard errors."""
+    mean, error = ratio(runs)
+    return abs(math.log(mean / BAR)) < 2 * error
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -248,9 +250,9 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chunks", type=int, default=80, help="chunks of 8 MB")
-    parser.add_argument("--runs", type=int, default=6, help="runs of each way, in turn")
-    parser.add_argument("--most", type=int, default=15, help="runs of a shape whose figures are near the bar")
-    parser.add_argument("--minutes", type=float, default=5.0, help="after so long, no more runs than --runs are made")
+    parser.add_argument("--runs", type=int, default=8, help="runs of each way, in turn")
+    parser.add_argument("--most", type=int, default=60, help="runs of a shape whose figures are near the bar")
+    parser.add_argument("--minutes", type=float, default=6.0, help="after so long, no more runs than --runs are made")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="some of the shapes")
     parser.add_argument("--naive", action="store_true", help="measure naive pins, too")
     parser.add_argument("--check", action="store_true", help="exit with 1 if the bar is missed")
@@ -276,19 +278,20 @@ def main() -> int:
                 "runs": len(runs),
                 "peak_nbytes": {way: statistics.median(found) for way, found in peaks.items()},
                 "spread": {way: [min(found), max(found)] for way, found in peaks.items()},
-                "ratio": {way: statistics.median(ratios(runs, way)) for way in ways},
+                "ratio": {way: ratio(runs, way)[0] for way in ways},
+                "error": {way: ratio(runs, way)[1] for way in ways},
                 "seconds": {way: statistics.median(run[way]["seconds"] for run in runs) for way in ways},
             }
         )
     print(f"\n{where}")
     print(f"{options.chunks} chunks of {CHUNK_NBYTES / 1e6:g} MB, 2 threads in each worker process")
-    print(f"{'shape':<20}{'runs':>6}{'way':>8}{'peak MB':>10}{'min':>8}{'max':>8}{'x stock':>10}{'seconds':>10}")
+    print(f"{'shape':<20}{'runs':>6}{'way':>8}{'peak MB':>10}{'min':>8}{'max':>8}{'x stock':>10}{'error':>8}{'seconds':>10}")
     for r in results:
         for way, nbytes in r["peak_nbytes"].items():
             low, high = (x / 1e6 for x in r["spread"][way])
             print(
                 f"{r['shape']:<20}{r['runs']:>6}{way:>8}{nbytes / 1e6:>10.0f}{low:>8.0f}{high:>8.0f}"
-                f"{r['ratio'][way]:>10.2f}{r['seconds'][way]:>10.1f}"
+                f"{r['ratio'][way]:>10.2f}{r['error'][way]:>8.2f}{r['seconds'][way]:>10.1f}"
             )
     worst = max(r["ratio"]["ours"] for r in results)
     print(f"\nours: {worst:.2f} x stock's peak at worst (bar {BAR:g})")
