@@ -17,10 +17,10 @@ Our tree::
 
     those of one module only, next to what raises them:
     ├── embedded.MeshStartError, localports.PortTakenError, clusterrecord.UnknownClusterError
-    ├── meshplan.MeshPlanError, scaling.ScalingError
+    ├── plan.MeshPlanError, scaling.ScalingError
     ├── lab.errors.LabError and below            a lab on this machine
     └── sites.SiteError                          a site that cannot be had: SiteAddressError, SiteUnreachableError,
-                                                 SiteRefusedError, meshsites.SiteStartError
+                                                 SiteRefusedError, SiteStartError
 
 Every message says what failed, with which value, and what to do next. Facts are attributes, and every error
 survives pickling, because Dask carries errors between processes.

@@ -16,6 +16,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import dask
@@ -287,7 +288,8 @@ class MeshCluster(Cluster):
         client_port = choose_port("scheduler", self._ports[0], usual[0])
         dashboard_port = choose_port("dashboard", self._ports[1], usual[1], but_not=client_port)
         ports = {"client_port": client_port, "dashboard_port": dashboard_port}
-        self.mesh.set_scheduler(self.mesh.plan.scheduler.model_copy(update=ports))
+        plan = self.mesh.plan
+        self.mesh.plan = replace(plan, scheduler=plan.scheduler.model_copy(update=ports))
 
     def _set_propagate(self) -> None:
         if self._propagate:

@@ -28,10 +28,10 @@ from meshcompute.mesh.plan import (
     spec_of,
     why_failed,
 )
-from meshcompute.mesh.sites import SiteError, SiteRefusedError, SiteUnreachableError
-from meshcompute.protocol import MAX_EPOCH, ClusterStatus, SchedulerRequest, SiteInfo, WorkerRequest
+from meshcompute.mesh.sites import SiteError, SiteRefusedError, SiteStartError, SiteUnreachableError
+from meshcompute.protocol import MAX_EPOCH, ClusterStatus, SiteInfo, WorkerRequest
 
-__all__ = ["MeshSites", "SiteStartError"]
+__all__ = ["MeshSites"]
 
 logger = logging.getLogger("meshcompute.cluster")
 
@@ -43,10 +43,6 @@ LAST_LOOK_SECONDS = 0.25
 BYPASS_SECONDS = 12.0
 HANDSHAKE_SECONDS = 30.0
 MEND_SECONDS = 20.0  # for the rest of the sites, when others were left out at the last moment
-
-
-class SiteStartError(SiteError, RuntimeError):
-    """A site was reached, and could not do what it was asked to."""
 
 
 class MeshSites:
@@ -110,16 +106,6 @@ class MeshSites:
     def worker_names(self) -> set[str]:
         """Names of all workers that the sites should have."""
         return {worker.name for status in self.statuses.values() for worker in status.workers}
-
-    def set_scheduler(self, request: SchedulerRequest) -> None:
-        """Say what the client's own host should run.
-
-        Parameters
-        ----------
-        request
-            The scheduler and its ports.
-        """
-        self.plan = replace(self.plan, scheduler=request)
 
     # Booting
 
@@ -263,7 +249,7 @@ class MeshSites:
             try:
                 await act(site)
             except SiteError as exc:
-                if self._can_leave_out(site):
+                if self._is_booting and self._can_leave_out(site):
                     await self._leave_out(site, exc)
                     return
                 failures[site] = exc
@@ -288,7 +274,7 @@ class MeshSites:
 
     def _can_leave_out(self, site: int) -> bool:
         rest = set(self.controls) - {SCHEDULER_SITE, site}
-        return self._allow_partial and self._is_booting and site != SCHEDULER_SITE and bool(rest)
+        return self._allow_partial and site != SCHEDULER_SITE and bool(rest)
 
     async def _leave_out(self, site: int, error: SiteError) -> None:
         self._say(f"{error}\ngoing on without {self.name_of(site)}")
@@ -297,6 +283,21 @@ class MeshSites:
             await self._remove_one(site)
             self._told.discard(site)
         await self._lost.pop(site).close()
+
+    async def do_without(self, site: int, error: SiteError) -> None:
+        """Go on without a site whose workers do not come, if that is allowed, and tell the others.
+
+        Parameters
+        ----------
+        site
+            Its number.
+        error
+            Why it cannot be had; raised where sites must not be left out, or it is the last one.
+        """
+        if not self._can_leave_out(site):
+            raise error
+        await self._leave_out(site, error)
+        await self._tell("run", time.monotonic() + MEND_SECONDS)
 
     async def _call(
         self, site: int, request: Callable[[SiteClient], Awaitable[ClusterStatus]], *, attempts: int = 3

@@ -13,9 +13,9 @@ from typing import Any
 
 from distributed.deploy.cluster import Cluster
 
-from meshcompute.mesh.members import MeshSites, SiteStartError
+from meshcompute.mesh.members import MeshSites
 from meshcompute.mesh.plan import SCHEDULER_SITE, why_failed
-from meshcompute.mesh.sites import SiteError
+from meshcompute.mesh.sites import SiteError, SiteStartError
 
 __all__ = ["wait_answering", "wait_registered"]
 
@@ -63,7 +63,7 @@ async def wait_answering(mesh: MeshSites, scheduler: Any, *, deadline: float) ->
 async def wait_registered(
     mesh: MeshSites, cluster: Cluster, *, deadline: float, timeout_seconds: float, say: Callable[[str], None]
 ) -> None:
-    """Wait until every worker that the sites run is registered at the scheduler.
+    """Wait until every worker that the sites run is registered at the scheduler, but for sites that can be left out.
 
     Parameters
     ----------
@@ -93,16 +93,16 @@ async def wait_registered(
         if time.monotonic() > next_status:
             await mesh.refresh()
             next_status = time.monotonic() + STATUS_LOOK_SECONDS
-        for site, status in mesh.statuses.items():
+        for site, status in list(mesh.statuses.items()):
             theirs = sorted(missing & {worker.name for worker in status.workers})
             if theirs and status.phase == "failed":
-                raise SiteStartError(mesh.name_of(site), why_failed(status))
-            if theirs and time.monotonic() > deadline:
+                await mesh.do_without(site, SiteStartError(mesh.name_of(site), why_failed(status)))
+            elif theirs and time.monotonic() > deadline:
                 message = (
                     f"{', '.join(theirs)} did not register within {timeout_seconds:g} s; what they wrote last:\n"
                     f"{await _log_tail(mesh, site, theirs[0])}"
                 )
-                raise SiteStartError(mesh.name_of(site), message)
+                await mesh.do_without(site, SiteStartError(mesh.name_of(site), message))
         await asyncio.sleep(WORKER_LOOK_SECONDS)
 
 

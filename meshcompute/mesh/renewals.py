@@ -11,9 +11,9 @@ import logging
 import time
 from collections.abc import Callable
 
-from meshcompute.mesh.members import MeshSites, SiteStartError
+from meshcompute.mesh.members import MeshSites
 from meshcompute.mesh.plan import SCHEDULER_SITE, why_failed
-from meshcompute.mesh.sites import SiteError, SiteRefusedError, SiteUnreachableError
+from meshcompute.mesh.sites import SiteError, SiteRefusedError, SiteStartError, SiteUnreachableError
 from meshcompute.protocol import ClusterStatus
 
 __all__ = ["Renewals"]

@@ -120,6 +120,10 @@ class SiteRefusedError(SiteError, RuntimeError):
         self.args = (site, kind, message)
 
 
+class SiteStartError(SiteError, RuntimeError):
+    """A site was reached, and could not do what it was asked to."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SiteAddress:
     """Where a site's control daemon is.

@@ -285,7 +285,9 @@ def main() -> int:
         )
     print(f"\n{where}")
     print(f"{options.chunks} chunks of {CHUNK_NBYTES / 1e6:g} MB, 2 threads in each worker process")
-    print(f"{'shape':<20}{'runs':>6}{'way':>8}{'peak MB':>10}{'min':>8}{'max':>8}{'x stock':>10}{'error':>8}{'seconds':>10}")
+    print(
+        f"{'shape':<20}{'runs':>6}{'way':>8}{'peak MB':>10}{'min':>8}{'max':>8}{'x stock':>10}{'+-':>8}{'seconds':>10}"
+    )
     for r in results:
         for way, nbytes in r["peak_nbytes"].items():
             low, high = (x / 1e6 for x in r["spread"][way])

@@ -25,7 +25,7 @@ from meshcompute.mesh.cluster import MeshCluster
 from meshcompute.mesh.clusterrecord import UnknownClusterError, records
 from meshcompute.mesh.localports import PortTakenError
 from meshcompute.mesh.scaling import ScalingError
-from meshcompute.mesh.sites import SiteRefusedError, SiteUnreachableError
+from meshcompute.mesh.sites import SiteRefusedError, SiteStartError, SiteUnreachableError
 from meshcompute.mesh.views import describe
 from meshcompute.protocol import WorkerRequest
 
@@ -217,6 +217,31 @@ def test_allow_partial_goes_on_without_a_site_and_keeps_the_numbers_of_the_other
     assert any(f"going on without {missing}" in line for line in world.said)
     with pytest.raises(SiteUnreachableError):
         world.cluster([missing], allow_partial=True)  # nobody is left
+
+
+def test_a_site_whose_workers_never_register_is_left_out_if_that_is_allowed(world):
+    """Its processes run, so that its daemon is content; only the scheduler can know that nobody comes."""
+    folder = Path(tempfile.mkdtemp(prefix="mc-"))
+    mute = folder / "python"
+    mute.write_text(
+        f'#!/bin/sh\ncase "$*" in *nursery* | *"dask worker"*) exec sleep 600 ;; esac\nexec {sys.executable} "$@"\n'
+    )
+    mute.chmod(0o755)
+    try:
+        with Daemons(folder, ("mute",), lines=f'[process]\npython = "{mute}"\n') as daemons:
+            sites = [f"local:{daemons.socket('mute')}", world.sites[1]]
+            options = {"workers": ONE, "start_timeout_seconds": 15.0}
+            with world.cluster(sites, allow_partial=True, **options) as cluster:
+                assert cluster.observed == cluster.mesh.worker_names == {"eumetsat-2-0"}
+                assert set(cluster.mesh.left_out) == {1}
+                with Client(cluster) as client:
+                    assert client.submit(_import_nothing).result(timeout=30) == 1
+            assert any("mute-1-0 did not register within 15 s" in line for line in world.said)
+            with pytest.raises(SiteStartError, match="mute-1-0 did not register within 5 s"):
+                world.cluster(sites, **{**options, "start_timeout_seconds": 5.0})
+    finally:
+        shutil.rmtree(folder)
+    assert world.left() == []
 
 
 def test_what_cannot_be_right_is_an_error_before_anybody_is_asked(world):
