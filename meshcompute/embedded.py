@@ -51,6 +51,14 @@ _NAMESPACES: Sequence[Sequence[str]] = (
 _DIE_WITH_PARENT: Sequence[str] = ("setpriv", "--pdeathsig", "KILL")
 # What --keep-caps gave for the mounts is dropped again before the worker starts.
 _DROP_CAPABILITIES: Sequence[str] = ("--inh-caps=-all", "--ambient-caps=-all")
+# As distributed's nanny sets them for its workers (distributed.nanny.pre-spawn-environ): one thread for each task, and
+# memory that is freed goes back to the system at once.
+_PRE_SPAWN: Mapping[str, str] = {
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
 
 
 class MeshStartError(MeshError, RuntimeError):
@@ -358,8 +366,7 @@ class EmbeddedMesh:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         # The source tree of a developer must not leak into an environment that is meant to be another one.
         environment.pop("PYTHONPATH", None)
-        # One thread per task, as a nanny would set it.
-        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        environment |= _PRE_SPAWN
         environment |= self.environment
         if site is not None:
             environment["POOL_NAME"] = site

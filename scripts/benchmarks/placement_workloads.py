@@ -30,7 +30,7 @@ from meshcompute import open_dataframe, pool
 
 SIDE = 64  # of a field, in points
 STEPS = 2  # of time in a chunk
-N_CHUNKS = 60  # of a series: 2, 3 and 5 sites have equally many
+N_CHUNKS = 60  # of a series: 2 to 5 sites have equally many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,15 +99,20 @@ class Workload:
             return self.build(sites, stores)
 
 
+def shares(n: int, n_sites: int) -> list[range]:
+    """Share things between sites as evenly as it goes, neighbours together."""
+    return [range(n * i // n_sites, n * (i + 1) // n_sites) for i in range(n_sites)]
+
+
 def series(sites: Sequence[str], *, seed: int = 0, is_split: bool, dims: tuple[int, ...] = (SIDE, SIDE)) -> da.Array:
     """Make a series whose chunks lie at the sites, split or interleaved."""
-    per_site = N_CHUNKS // len(sites)
+    chunks = [range(i, i + 1) for i in range(N_CHUNKS)]
     parts = []
-    n = per_site if is_split else 1
-    for i in range(N_CHUNKS // n):
+    for i, some in enumerate(shares(N_CHUNKS, len(sites)) if is_split else chunks):
         site = sites[i % len(sites)]
         with pool(site):
-            parts.append(Field([site], (n * STEPS, *dims), seed=seed, start=i * n * STEPS).array((STEPS, *dims)))
+            part = Field([site], (len(some) * STEPS, *dims), seed=seed, start=some.start * STEPS)
+            parts.append(part.array((STEPS, *dims)))
     return da.concatenate(parts)
 
 
@@ -327,13 +332,13 @@ def table(stores: Mapping[str, Path], site: str, parts: range, *, n_rows: int, s
 
 def joined(sites: Sequence[str], stores: Mapping[str, Path]) -> Job:
     """Join tables of all sites but one with a small one at the last, and sum by kind."""
-    n_parts, n_rows = 12, 4000
+    n_others = len(sites) - 1
+    n_parts, n_rows = max(12, n_others), 4000
 
     def totals(left: Any, right: Any) -> Any:
         return left.merge(right[["key", "v0"]], on="key", suffixes=("", "_other")).groupby("kind").v0_other.sum()
 
-    per_site = n_parts // (len(sites) - 1)
-    parts = [range(i * per_site, (i + 1) * per_site) for i in range(len(sites) - 1)]
+    parts = shares(n_parts, n_others)
     lefts = [table(stores, site, part, n_rows=n_rows, seed=1) for site, part in zip(sites, parts, strict=False)]
     left = lefts[0] if len(lefts) == 1 else dd.concat(lefts)
     right = table(stores, sites[-1], range(4), n_rows=250, seed=2)
@@ -347,10 +352,10 @@ def grouped(sites: Sequence[str], stores: Mapping[str, Path]) -> Job:
     def statistics(frame: Any) -> Any:
         return frame.groupby("kind")[["v0", "v1"]].agg(["mean", "std"])
 
-    per_site = 30 // len(sites)
-    parts = [range(i * per_site, (i + 1) * per_site) for i in range(len(sites))]
+    n_parts = 30
+    parts = shares(n_parts, len(sites))
     frames = [table(stores, site, part, n_rows=2000, seed=1) for site, part in zip(sites, parts, strict=True)]
-    truth = statistics(true_table(range(per_site * len(sites)), n_rows=2000, seed=1))
+    truth = statistics(true_table(range(n_parts), n_rows=2000, seed=1))
     return Job(results=[statistics(dd.concat(frames))], expected=[truth])
 
 
