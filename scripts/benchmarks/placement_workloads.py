@@ -30,7 +30,6 @@ from meshcompute import open_dataframe, pool
 
 SIDE = 64  # of a field, in points
 STEPS = 2  # of time in a chunk
-N_CHUNKS = 60  # of a series: 2 to 5 sites have equally many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +103,17 @@ def shares(n: int, n_sites: int) -> list[range]:
     return [range(n * i // n_sites, n * (i + 1) // n_sites) for i in range(n_sites)]
 
 
+def n_chunks(sites: Sequence[str]) -> int:
+    """Tell how many chunks a series has: at least a dozen at every site, so that there is something to reduce there."""
+    return max(60, 12 * len(sites))
+
+
 def series(sites: Sequence[str], *, seed: int = 0, is_split: bool, dims: tuple[int, ...] = (SIDE, SIDE)) -> da.Array:
     """Make a series whose chunks lie at the sites, split or interleaved."""
-    chunks = [range(i, i + 1) for i in range(N_CHUNKS)]
+    n = n_chunks(sites)
+    chunks = [range(i, i + 1) for i in range(n)]
     parts = []
-    for i, some in enumerate(shares(N_CHUNKS, len(sites)) if is_split else chunks):
+    for i, some in enumerate(shares(n, len(sites)) if is_split else chunks):
         site = sites[i % len(sites)]
         with pool(site):
             part = Field([site], (len(some) * STEPS, *dims), seed=seed, start=some.start * STEPS)
@@ -116,9 +121,9 @@ def series(sites: Sequence[str], *, seed: int = 0, is_split: bool, dims: tuple[i
     return da.concatenate(parts)
 
 
-def true_series(*, seed: int = 0, dims: tuple[int, ...] = (SIDE, SIDE)) -> np.ndarray:
+def true_series(sites: Sequence[str], *, seed: int = 0, dims: tuple[int, ...] = (SIDE, SIDE)) -> np.ndarray:
     """Give the same in numpy."""
-    return Field((), (N_CHUNKS * STEPS, *dims), seed=seed)[:]
+    return Field((), (n_chunks(sites) * STEPS, *dims), seed=seed)[:]
 
 
 def labelled(values: Any, freq: str) -> xr.DataArray:
@@ -161,7 +166,7 @@ def of_series(function: Callable[[Any], Any], *, is_split: bool) -> Callable[[Se
     """Build jobs that do the same with Dask's array and with numpy's."""
 
     def build(sites: Sequence[str]) -> Job:
-        return Job(results=[function(series(sites, is_split=is_split))], expected=[function(true_series())])
+        return Job(results=[function(series(sites, is_split=is_split))], expected=[function(true_series(sites))])
 
     return build
 
@@ -170,7 +175,7 @@ def climatology(sites: Sequence[str]) -> Job:
     def monthly(values: Any) -> Any:
         return labelled(values, "MS").groupby("time.month").mean()
 
-    return Job(results=[monthly(series(sites, is_split=True))], expected=[monthly(true_series())])
+    return Job(results=[monthly(series(sites, is_split=True))], expected=[monthly(true_series(sites))])
 
 
 def weighted(sites: Sequence[str]) -> Job:
@@ -183,14 +188,14 @@ def weighted(sites: Sequence[str]) -> Job:
         return labelled(values, "D").weighted(xr.DataArray(abs(area), dims=("y", "x"))).mean(("y", "x"))
 
     truth = Field((), (SIDE, SIDE), seed=4)[:]
-    return Job(results=[average(series(sites, is_split=True), lazy)], expected=[average(true_series(), truth)])
+    return Job(results=[average(series(sites, is_split=True), lazy)], expected=[average(true_series(sites), truth)])
 
 
 def resampled(sites: Sequence[str]) -> Job:
     def spread(values: Any) -> Any:
         return labelled(values, "D").resample(time="10D").mean().std("time")
 
-    return Job(results=[spread(series(sites, is_split=True))], expected=[spread(true_series())])
+    return Job(results=[spread(series(sites, is_split=True))], expected=[spread(true_series(sites))])
 
 
 def coarsened(sites: Sequence[str]) -> Job:
@@ -242,12 +247,12 @@ def gram(sites: Sequence[str]) -> Job:
     """A matrix, whose rows are interleaved, times itself."""
     per_chunk, n_columns = 400, 48
     parts = []
-    for i in range(N_CHUNKS):
+    for i in range(n_chunks(sites)):
         site = sites[i % len(sites)]
         with pool(site):
             field = Field([site], (per_chunk, n_columns), start=i * per_chunk)
             parts.append(field.array((per_chunk, n_columns)))
-    x, truth = da.concatenate(parts), Field((), (N_CHUNKS * per_chunk, n_columns))[:]
+    x, truth = da.concatenate(parts), Field((), (n_chunks(sites) * per_chunk, n_columns))[:]
     return Job(results=[x.T @ x], expected=[truth.T @ truth])
 
 
@@ -267,12 +272,12 @@ def regrid_weights(n_fine: int, n_coarse: int) -> Any:
 def regridded(sites: Sequence[str]) -> Job:
     """Bring a series to the coarse grid of the observations at the last site, and compare."""
     weights = regrid_weights(SIDE, SIDE // 4)
-    shape = (N_CHUNKS * STEPS, SIDE // 4, SIDE // 4)
+    shape = (n_chunks(sites) * STEPS, SIDE // 4, SIDE // 4)
     with pool(sites[-1]):
         observations = Field([sites[-1]], shape, seed=3).array((STEPS, *shape[1:]))
     fine = series(sites, is_split=True)
     coarse = da.map_blocks(regrid, fine, weights=weights, dtype="f8", chunks=(fine.chunks[0], *shape[1:]))
-    expected = abs(regrid(true_series(), weights=weights) - Field((), shape, seed=3)[:]).mean(0)
+    expected = abs(regrid(true_series(sites), weights=weights) - Field((), shape, seed=3)[:]).mean(0)
     return Job(results=[abs(coarse - observations).mean(0)], expected=[expected])
 
 
@@ -283,7 +288,7 @@ def smoothed(sites: Sequence[str]) -> Job:
         return (np.roll(block, 1, 0) + block + np.roll(block, -1, 0)) / 3
 
     lazy = da.overlap.map_overlap(smooth, series(sites, is_split=True), depth={0: 1}, boundary="nearest", dtype="f8")
-    truth = np.pad(true_series(), ((1, 1), (0, 0), (0, 0)), mode="edge")
+    truth = np.pad(true_series(sites), ((1, 1), (0, 0), (0, 0)), mode="edge")
     return Job(results=[lazy.std(0)], expected=[smooth(truth)[1:-1].std(0)])
 
 
@@ -297,7 +302,7 @@ def rechunked(sites: Sequence[str]) -> Job:
     fields = series(sites, is_split=True, dims=dims)
     columns = fields.rechunk((-1, SIDE // 4, SIDE // 4)).map_blocks(detrend, dtype="f8")
     lazy = columns.rechunk((4 * STEPS, *dims)).max(0)
-    return Job(results=[lazy], expected=[detrend(true_series(dims=dims)).max(0)])
+    return Job(results=[lazy], expected=[detrend(true_series(sites, dims=dims)).max(0)])
 
 
 def singular_values(sites: Sequence[str]) -> Job:
@@ -396,29 +401,29 @@ def pipelines(sites: Sequence[str]) -> Job:
 
 def unpinned(sites: Sequence[str]) -> Job:
     """Compare with something that can be had anywhere, chunk by chunk and as a whole."""
-    shape = (N_CHUNKS * STEPS, SIDE, SIDE)
+    shape = (n_chunks(sites) * STEPS, SIDE, SIDE)
     everywhere = Field((), shape, seed=5).array((STEPS, SIDE, SIDE))
     mask = Field((), shape[1:], seed=6).array(shape[1:])
 
     def difference(values: Any, others: Any, weights: Any) -> Any:
         return ((values - others) * weights).std(0)
 
-    truth = difference(true_series(), Field((), shape, seed=5)[:], Field((), shape[1:], seed=6)[:])
+    truth = difference(true_series(sites), Field((), shape, seed=5)[:], Field((), shape[1:], seed=6)[:])
     return Job(results=[difference(series(sites, is_split=False), everywhere, mask)], expected=[truth])
 
 
 def replicas(sites: Sequence[str]) -> Job:
     """Compare a series at all sites with one that two of them have."""
-    shape = (N_CHUNKS * STEPS, SIDE, SIDE)
+    shape = (n_chunks(sites) * STEPS, SIDE, SIDE)
     with pool(*sites[:2]):
         other = Field(sites[:2], shape, seed=5).array((STEPS, SIDE, SIDE))
-    truth = abs(true_series() - Field((), shape, seed=5)[:]).max(0)
+    truth = abs(true_series(sites) - Field((), shape, seed=5)[:]).max(0)
     return Job(results=[abs(series(sites, is_split=False) - other).max(0)], expected=[truth])
 
 
 def reused(sites: Sequence[str]) -> Job:
     """Persist anomalies, and compute two things from them, one after the other."""
-    values, truth = series(sites, is_split=True), true_series()
+    values, truth = series(sites, is_split=True), true_series(sites)
     anomaly = truth - truth.mean(0)
     return Job(
         kept=values - values.mean(0),
