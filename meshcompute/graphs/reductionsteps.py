@@ -19,6 +19,7 @@ from dask.typing import Key
 from dask.utils import apply
 
 from meshcompute.graphs.associative import Reduction, array_families, array_reduction, loaded
+from meshcompute.graphs.associativegroups import group_reduction
 from meshcompute.graphs.associativetables import bag_reduction, table_reduction
 from meshcompute.shipping import by_value_once
 
@@ -84,7 +85,8 @@ class Reader:
         """Recognise a task to which nothing was fused."""
         if (known := self._known.get(id(function))) is None:
             # The function itself is kept, so that its id stays taken.
-            known = self._known[id(function)] = function, array_reduction(function, self._families)
+            found = array_reduction(function, self._families) or group_reduction(function)
+            known = self._known[id(function)] = function, found
         reduction, position = known[1], 0
         n_levels = reduction.n_levels if reduction is not None else 0
         if reduction is None:
