@@ -27,6 +27,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from dask._task_spec import Task
+from dask.blockwise import Blockwise
+from dask.highlevelgraph import Layer
 from dask.typing import Key
 
 from meshcompute.graphs.associative import KINDS_OF_NUMBERS, Reduction, loaded
@@ -45,6 +47,7 @@ MERGES = {
 
 _OPTIONS_OF_COMBINE = {"agg", "axis", "keepdims", "reindex"}
 _OPTIONS_OF_FINAL = {*_OPTIONS_OF_COMBINE, "combine", "expected_groups", "fill_value"}
+_NO_GROUP = -1  # in place of a label: the value belongs to no group
 _COUNT = "nanlen"  # what flox calls the number of values that are not missing
 
 
@@ -109,22 +112,27 @@ def _arrays_of(agg: Any) -> list[int]:
     return [n * dtype.itemsize for n, dtype in zip(n_arrays, dtypes, strict=True)]
 
 
-def grouped_chunks(called: Any, chunks: Sequence[Sequence[float]]) -> tuple[Sequence[Sequence[float]], float] | None:
+def grouped_chunks(
+    layer: Layer, called: Any, chunks: Sequence[Sequence[float]], layers: Mapping[str, Layer]
+) -> tuple[Sequence[Sequence[float]], float] | None:
     """Return lengths and bytes per element of the blocks that a layer of flox makes, None for other layers.
 
     Parameters
     ----------
+    layer
+        A layer of arrays.
     called
         One of its tasks, new style or old.
     chunks
         Lengths of its blocks, by axis, as flox states them: of its first step, those of what is reduced.
+    layers
+        Layers by name: that of the labels says which groups there are in a block.
 
     Returns
     -------
     tuple
-        Lengths of the blocks of parts, by axis, with groups along the last one, and bytes per element. Groups that are
-        found in a block when it is there count as many as the block is long: there cannot be more. Later steps do not
-        say how many groups there are: their bytes per element are NaN, see :func:`grouped_nbytes`.
+        Lengths of the blocks of parts, by axis, with groups along the last one, and bytes per element. Later steps do
+        not say how many groups there are: their bytes per element are NaN, see :func:`grouped_nbytes`.
     """
     function, options = _first_of(called[0] if isinstance(called, tuple) and called else getattr(called, "func", None))
     if getattr(function, "__name__", "") in STEPS:
@@ -133,10 +141,20 @@ def grouped_chunks(called: Any, chunks: Sequence[Sequence[float]]) -> tuple[Sequ
         return None
     groups, axes = options["expected_groups"], {axis % len(chunks) for axis in options["axis"]}
     parts = [[1] * len(lengths) if axis in axes else lengths for axis, lengths in enumerate(chunks)]
-    parts[-1] = chunks[-1] if groups is None else [len(groups)] * len(chunks[-1])
+    parts[-1] = _n_groups(layer, layers, chunks[-1]) if groups is None else [len(groups)] * len(chunks[-1])
     n_arrays = [3 if callable(reduce) else 1 for reduce in options["func"]]
     dtypes = map(loaded("numpy:dtype"), options["dtype"])
     return parts, sum(n * dtype.itemsize for n, dtype in zip(n_arrays, dtypes, strict=True))
+
+
+def _n_groups(layer: Layer, layers: Mapping[str, Layer], lengths: Sequence[float]) -> Sequence[float]:
+    """Return how many groups there are in blocks along the last axis; where labels are not at hand, as many as fit."""
+    name: Any = layer.indices[-1][0] if isinstance(layer, Blockwise) else None
+    labels: Mapping[Any, Any] = layers.get(name, {})
+    blocks = [getattr(labels.get((name, i)), "tolist", None) for i in range(len(lengths))]
+    if any(block is None for block in blocks):
+        return lengths
+    return [max(1, len({*block()} - {_NO_GROUP})) for block in blocks if block is not None]
 
 
 def grouped_nbytes(

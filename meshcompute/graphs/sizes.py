@@ -127,7 +127,7 @@ class _Blocks:
         if itemsize is None or chunks is None:
             return None
         function, options, sample = _function_of(layer)
-        if (grouped := grouped_chunks(sample, chunks)) is not None:
+        if (grouped := grouped_chunks(layer, sample, chunks, layers)) is not None:
             return cls(grouped[0], 0, grouped[1], 0)
         name = _dask_array_name(function)
         if name == "broadcast_to":
