@@ -299,6 +299,8 @@ class PoolScheduler(BorderScheduler):
         self._parent = None if pool is None else (pool, is_pinned(parent))
         self._keep_known(dsk, is_planned=PLAN in annotations_by_type)
         self._plan = annotations_by_type.pop(PLAN, {}).get(PLAN, {})
+        if self.has_borders:
+            self.confine_known(self._plan)
         try:
             return super()._create_taskstate_from_graph(
                 dsk=dsk, submitting_task=submitting_task, annotations_by_type=annotations_by_type, **kwargs
