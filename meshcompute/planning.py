@@ -212,7 +212,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
-        regrouping.settle(tasks, pool_by_key)
+        cost = (lambda a, b: links.cost(a, b, 1.0) or 0.0) if links.objective == "money" else None
+        regrouping.settle(tasks, pool_by_key, nbytes, cost=cost, stays=stays)
         for key in regrouping.shortened - regrouping.parts.keys():  # others of their kind are larger
             kinds.pop(learning.group_of(key), None)
         view.expect(kinds)

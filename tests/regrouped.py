@@ -45,9 +45,9 @@ def expression(x: Any) -> Any:
     return FinalizeCompute(collections_to_expr((x,))).optimize()
 
 
-def plan(expr: Any, *, is_regrouping: bool = True) -> Assignment:
+def plan(expr: Any, *, is_regrouping: bool = True, **options: Any) -> Assignment:
     keys = tuple(flatten(expr.__dask_keys__()))
-    request = Request(keys=keys, is_propagating=True, is_regrouping=is_regrouping)
+    request = Request(keys=keys, is_propagating=True, is_regrouping=is_regrouping, **options)
     assignment = planning.assign(expr, request, EmptyView())
     missing = {dep for task in assignment.tasks.values() for dep in task.dependencies} - assignment.tasks.keys()
     assert not missing

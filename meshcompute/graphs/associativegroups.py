@@ -91,6 +91,7 @@ def group_reduction(function: Any) -> Reduction | None:
         combine=functools.partial(merge, agg=agg, axis=axis, keepdims=True),
         n_levels=len(axis),
         count_share=sum(counts) / nbytes,
+        has_equal_parts=True,
     )
 
 
