@@ -27,6 +27,7 @@ __all__ = ["balanced"]
 _ROUNDS = 6
 _STEP = 1.5  # how fast weights follow loads
 _ENOUGH = 1e-3  # share of the cost that another round would have to save
+_BROADCAST = 16  # readers of a value from which they are counted by pool
 
 
 def balanced(
@@ -101,31 +102,36 @@ class _Mixture:
             for value in values:
                 self.readers[value].append(task)
         self.grouped = {task for group in terms.together if len(group) > 1 for task in group}
+        self.pools: list[int] = []
         self._rates: dict[tuple[int, int], tuple[float, float]] = {}
+        # How many readers are in each pool, of values with so many that going through them would be felt.
+        self._counts = {net: [0] * terms.n_pools for net, found in enumerate(self.readers) if len(found) > _BROADCAST}
 
     def mixed(self, plan: Placement, rival: Sequence[int]) -> Placement:
         """Move chains as long as the busiest pool gains more time than crossings lose."""
-        pools = list(plan.pools)
+        pools = self.pools = list(plan.pools)
+        for net, counts in self._counts.items():
+            there = [pools[reader] for reader in self.readers[net]]
+            counts[:] = [there.count(pool) for pool in range(len(counts))]
         offers = []
         for chain in self._chains(pools, rival):
             source, target = pools[chain[0]], rival[chain[0]]
             seconds = sum([self.work[task] for task in chain])
             if seconds:
                 nets = self._nets(chain)
-                rise = self._rise(pools, chain, nets, target)
+                rise = self._rise(chain, nets, target)
                 offers.append((rise / seconds, chain[0], rise, seconds, chain, nets, source, target))
         loads = _loads(pools, self.work, self.threads)
         cost = plan.cost
         changed: set[int] = set()  # nets of which a member has moved
         for _, _, rise, seconds, chain, nets, source, target in sorted(offers):
-            now = rise if changed.isdisjoint(nets) else self._rise(pools, chain, nets, target)
+            now = rise if changed.isdisjoint(nets) else self._rise(chain, nets, target)
             after = list(loads)
             after[source] -= seconds / self.threads[source]
             after[target] += seconds / self.threads[target]
             change = now + max(after) - max(loads)
             if change < -1e-12 * cost:
-                for task in chain:
-                    pools[task] = target
+                self._move(chain, target)
                 changed.update(nets)
                 loads, cost = after, cost + change
         return replace(plan, pools=pools, cost=cost)
@@ -176,29 +182,40 @@ class _Mixture:
             return [chain[0], *self.inputs[chain[0]]]
         return list(dict.fromkeys([*chain, *(value for task in chain for value in self.inputs[task])]))
 
-    def _rise(self, pools: list[int], chain: Sequence[int], nets: Sequence[int], target: int) -> float:
-        """Tell how much more crossings and prices cost when a chain moves."""
-        source = pools[chain[0]]
-        before = self._paid(pools, nets)
-        prices = self.terms.prices
-        priced = sum([prices[task][target] - prices[task][source] for task in chain if task in prices])
+    def _move(self, chain: Sequence[int], target: int) -> None:
+        source = self.pools[chain[0]]
         for task in chain:
-            pools[task] = target
-        after = self._paid(pools, nets)
-        for task in chain:
-            pools[task] = source
-        return after - before + priced
+            self.pools[task] = target
+            for value in self.inputs[task]:
+                if value in self._counts:
+                    self._counts[value][source] -= 1
+                    self._counts[value][target] += 1
 
-    def _paid(self, pools: Sequence[int], nets: Sequence[int]) -> float:
-        readers, nbytes, rates = self.readers, self.terms.nbytes, self._rates
+    def _rise(self, chain: Sequence[int], nets: Sequence[int], target: int) -> float:
+        """Tell how much more crossings and prices cost when a chain moves."""
+        source = self.pools[chain[0]]
+        before = self._paid(nets)
+        self._move(chain, target)
+        after = self._paid(nets)
+        self._move(chain, source)
+        prices = self.terms.prices
+        return after - before + sum([prices[task][target] - prices[task][source] for task in chain if task in prices])
+
+    def _paid(self, nets: Sequence[int]) -> float:
+        pools, readers, nbytes, rates = self.pools, self.readers, self.terms.nbytes, self._rates
         total = 0.0
         for net in nets:
             home = pools[net]
             there = 0
-            for reader in readers[net]:
-                pool = pools[reader]
-                if pool not in (home, FREE):
-                    there |= 1 << pool
+            if net in self._counts:
+                for pool, count in enumerate(self._counts[net]):
+                    if count and pool != home:
+                        there |= 1 << pool
+            else:
+                for reader in readers[net]:
+                    pool = pools[reader]
+                    if pool not in (home, FREE):
+                        there |= 1 << pool
             if there:
                 found = rates.get((home, there))
                 if found is None:
