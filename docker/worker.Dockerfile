@@ -4,7 +4,7 @@
 #   PYTHON             its interpreter
 #   PIP_INDEX_URL      where packages come from that are not among the wheels; pip's own default if it is not given
 #   PIP_OPTIONS        "--no-index" takes all from the wheels: no network is needed
-#   REQUIREMENTS       what is installed; add what your users' tasks import
+#   REQUIREMENTS       what is installed; add what your users' tasks import (xarray groups with flox where a user has it)
 #
 # It holds no key, no user and no address. The daemon starts it with a read-only root, as the caller's uid, without
 # capabilities, with a network of its own, and brings the program that keeps the processes (entrypoint.py) along.
@@ -14,7 +14,7 @@ FROM ${BASE_IMAGE} AS build
 ARG PYTHON=python3
 ARG PIP_INDEX_URL
 ARG PIP_OPTIONS=""
-ARG REQUIREMENTS="meshcompute[dashboard,dataframe] lz4"
+ARG REQUIREMENTS="meshcompute[dashboard,dataframe] flox lz4"
 COPY wheels /wheels
 RUN ${PYTHON} -m venv /opt/meshcompute \
  && /opt/meshcompute/bin/python -m pip install --no-cache-dir --disable-pip-version-check \

@@ -22,10 +22,12 @@ import contextlib
 import logging
 import socket
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from time import perf_counter
 from typing import Any
 
+from dask import sizeof as dask_sizeof  # the module: its dispatcher, pickled by value, would be a copy
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.metrics import context_meter
 from distributed.protocol import compression  # the module: its registry, pickled by value, would be a copy
@@ -331,6 +333,21 @@ def pack_frames(
     return {**header, "compression": tuple(names)}, frames
 
 
+def weigh_groups() -> None:
+    """Let Dask weigh flox's parts of variances: it sees nothing in them, and plans and measurements go by its sizes."""
+
+    def register() -> None:
+        with contextlib.suppress(ImportError):  # another flox
+            from flox.multiarray import MultiArray
+
+            dask_sizeof.sizeof.register(MultiArray, lambda part: sum(map(dask_sizeof.sizeof, part.arrays)))
+
+    if "flox" in sys.modules:
+        register()
+    else:
+        dask_sizeof.sizeof.register_lazy("flox", register)
+
+
 class PackingPlugin(WorkerPlugin):
     """Pack what workers send to other sites, on every worker, those that join later too.
 
@@ -356,6 +373,7 @@ class PackingPlugin(WorkerPlugin):
         worker
             The worker.
         """
+        weigh_groups()
         if self.mode != OFF:
             self._opening = asyncio.get_running_loop().create_task(self._open(worker))
 

@@ -156,9 +156,10 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         pins = {key: pins.get(key) or pin_in_block(request.pin, key, tasks) for key in tasks}
     external = {dep for task in tasks.values() for dep in taskgraph.inputs_of(task) if dep not in tasks}
     known = {key: seen for keys in (tasks, external) for key in view.among(keys) if (seen := view.known(key))}
-    for key, seen in known.items():
-        if key in tasks and seen.task is not None:
-            tasks[key] = seen.task  # its inputs must stay what they were: see Scheduler._generate_taskstates
+    # What the cluster knows reads there what it was planned to read: relays, parts of reductions. That counts here, but
+    # is not handed on: until this graph is taken in, the cluster may have forgotten it, and what it read.
+    given = {key: tasks[key] for key, seen in known.items() if key in tasks and seen.task is not None}
+    tasks.update({key: seen.task for key in given if (seen := known[key]).task is not None})
     own_pins = dict(pins)
     held_back = {key: seen.stays for key, seen in known.items() if seen.stays}
     stays = confine(tasks, pins, held_back)
@@ -168,6 +169,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         refuse_delivery(stays, request.keys)
     pins = {key: pin for key, pin in pins.items() if pin.pools}
     if not pins and not (request.is_propagating and any(seen.pools for seen in known.values())):
+        tasks.update(given)
         return Assignment(
             tasks=tasks,
             annotations=annotations,
@@ -210,7 +212,8 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
         if not request.is_propagating:  # a shuffle of pinned data is confined all the same: Dask would spread it
             kept = pins.keys() | {key for group in shuffles.values() for key in group}
             pool_by_key = {key: pool for key, pool in pool_by_key.items() if key in kept}
-        regrouping.settle(tasks, pool_by_key)
+        cost = (lambda a, b: links.cost(a, b, 1.0) or 0.0) if links.objective == "money" else None
+        regrouping.settle(tasks, pool_by_key, nbytes, cost=cost, stays=stays)
         for key in regrouping.shortened - regrouping.parts.keys():  # others of their kind are larger
             kinds.pop(learning.group_of(key), None)
         view.expect(kinds)
@@ -222,6 +225,7 @@ def assign(expr: Any, request: Request, view: View) -> Assignment:
             nbytes[key] = nbytes[source]
         if source in stays:
             stays[key] = stays[source]
+    tasks.update(given)
     held_by_key = _held(annotations, tasks, pool_by_key, pins, fetching=fetching, common=request.resources, stays=stays)
     return Assignment(
         tasks=tasks,

@@ -45,6 +45,7 @@ SCHEDULER_MODULES = (
     "placement.multiway",
     "placement.exact",
     "placement.placing",
+    "graphs.associativegroups",
     "graphs.tablesizes",
     "graphs.sizes",
     "graphs.learning",

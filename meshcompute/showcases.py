@@ -61,10 +61,12 @@ class Scenarios:
         xarray.DataArray
             The difference (decade 24, latitude 37, longitude 49).
         """
-        means = [
-            dataset.air_temperature.groupby((dataset.time.dt.year // 10 * 10).rename("decade")).mean()
-            for dataset in (first, second)
-        ]
+        # The sites' workers may not have flox.
+        with xr.set_options(use_flox=False):  # type: ignore[no-untyped-call]
+            means = [
+                dataset.air_temperature.groupby((dataset.time.dt.year // 10 * 10).rename("decade")).mean()
+                for dataset in (first, second)
+            ]
         difference: xr.DataArray = means[0] - means[1]
         return difference
 

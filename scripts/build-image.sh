@@ -11,7 +11,7 @@
 #   --no-index                                  ask no package index, neither here nor in the image
 #   --save FILE                                 write the image to an archive, too, for docker load
 #   --own-engine                                start an engine for this build alone (root, dockerd); use it with --save
-#   --requirements "A B"                        what is installed (default: meshcompute[dashboard,dataframe] lz4)
+#   --requirements "A B"                        what is installed (default: meshcompute[dashboard,dataframe] flox lz4)
 # Wheels are collected here, with this machine's pip and its settings, so that the build itself needs no network.
 # DOCKER chooses the program, DOCKER_HOST the engine. What it downloads lies in a temporary folder that goes with it.
 set -euo pipefail
@@ -23,7 +23,7 @@ tag=meshcompute-worker:latest
 base=python:3.11-slim-bookworm
 made_base=meshcompute-base:bookworm
 mirror=${DEBIAN_MIRROR:-} # debootstrap's own default if it is not set
-requirements='meshcompute[dashboard,dataframe] lz4'
+requirements='meshcompute[dashboard,dataframe] flox lz4'
 like='' wheels='' save='' kept_base='' own_engine=0 index=1 constraints=()
 
 while [ $# -gt 0 ]; do

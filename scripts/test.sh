@@ -43,7 +43,7 @@ make_venv "$stock" "$python"
 "$venv/bin/python" -m pip freeze --quiet --disable-pip-version-check --exclude meshcompute --exclude controlplane >"$venv/versions.txt"
 if ! cmp -s "$venv/versions.txt" "$stock/versions.txt"; then
     say "installing the same packages without meshcompute"
-    pip_install "$stock" --constraint "$venv/versions.txt" 'dask[array,dataframe]' distributed xarray netCDF4 zarr fsspec s3fs lz4 scipy
+    pip_install "$stock" --constraint "$venv/versions.txt" 'dask[array,dataframe]' distributed xarray flox netCDF4 zarr fsspec s3fs lz4 scipy
     cp "$venv/versions.txt" "$stock/versions.txt"
 fi
 

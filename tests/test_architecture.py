@@ -66,6 +66,7 @@ TRAVELLING = [
     "graphs.taskgraph",
     "graphs.numbering",
     "graphs.associative",
+    "graphs.associativegroups",
     "graphs.associativetables",
     "graphs.reductionsteps",
     "graphs.reductiontrees",

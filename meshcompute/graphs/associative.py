@@ -85,6 +85,8 @@ class Reduction:
         The counts are one number, repeated, if the blocks are numpy's: nothing is skipped.
     are_rows_ordered
         Parts are tables whose rows come in the order in which they first came up.
+    has_equal_parts
+        What is merged of two parts is as large as each of them.
     """
 
     family: str
@@ -100,6 +102,7 @@ class Reduction:
     count_share: float = 0.0
     has_equal_counts: bool = False
     are_rows_ordered: bool = False
+    has_equal_parts: bool = False
 
     def sent_nbytes(self, nbytes: float) -> float:
         """Return the bytes of a part whose counts are sent as one number.
@@ -270,6 +273,7 @@ def array_reduction(function: Any, families: Mapping[Any, tuple[str, bool, bool]
         condition=NUMPY if family.is_ordered else "",
         count_share=_count_share(name, keywords) if family.is_counting else 0.0,
         has_equal_counts=family.is_counting and "sum" not in keywords,  # those that skip NaN have sums of their own
+        has_equal_parts=True,
     )
 
 

@@ -19,6 +19,7 @@ from dask.typing import Key
 from dask.utils import apply
 
 from meshcompute.graphs.associative import Reduction, array_families, array_reduction, loaded
+from meshcompute.graphs.associativegroups import group_reduction
 from meshcompute.graphs.associativetables import bag_reduction, table_reduction
 from meshcompute.shipping import by_value_once
 
@@ -84,7 +85,8 @@ class Reader:
         """Recognise a task to which nothing was fused."""
         if (known := self._known.get(id(function))) is None:
             # The function itself is kept, so that its id stays taken.
-            known = self._known[id(function)] = function, array_reduction(function, self._families)
+            found = array_reduction(function, self._families) or group_reduction(function)
+            known = self._known[id(function)] = function, found
         reduction, position = known[1], 0
         n_levels = reduction.n_levels if reduction is not None else 0
         if reduction is None:
@@ -245,12 +247,21 @@ def _with_one_count(part: Any) -> Any:
     # Runs on workers, which may not have meshcompute: it travels by value, and imports what it uses.
     import numpy as np
 
-    counts = part.get("n") if type(part) is dict else None
-    if type(counts) is not np.ndarray or counts.size < 2 or counts.dtype.kind not in "iufc":
+    def short(counts: Any, n_kept: int) -> Any:
+        if type(counts) is not np.ndarray or counts.size < 2 or counts.dtype.kind not in "iufc":
+            return counts
+        ones = counts[(0,) * (counts.ndim - n_kept)]
+        # Dask sends an array with strides of 0 as what is in memory: one element, or as many as there are groups.
+        return np.broadcast_to(ones, counts.shape) if (counts == ones).all() else counts
+
+    if type(part) is not dict:
         return part
-    one = counts[(0,) * counts.ndim]
-    # Dask sends an array with strides of 0 as what is in memory: one element.
-    return {**part, "n": np.broadcast_to(one, counts.shape)} if (counts == one).all() else part
+    if "n" in part:
+        return {**part, "n": short(part["n"], 0)}
+    if "intermediates" in part:  # of flox: sums are of any type, counts are integers
+        arrays = [short(a, 1) if getattr(a, "dtype", None) == np.intp else a for a in part["intermediates"]]
+        return {**part, "intermediates": arrays}
+    return part
 
 
 _SHORT: Callable[[Any], Any] = by_value_once(_with_one_count)

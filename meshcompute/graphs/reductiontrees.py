@@ -8,6 +8,7 @@ Runs in the client's process and in the scheduler's; imports nothing that a stoc
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -18,9 +19,10 @@ from dask.typing import Key
 
 from meshcompute.graphs.reductionsteps import Step
 
-__all__ = ["Homes", "Tree", "grown", "mean_nbytes", "saving_of", "with_other_readers"]
+__all__ = ["Homes", "Tree", "cheapest_ways", "grown", "mean_nbytes", "saving_of", "with_other_readers"]
 
 _SHORT = 4  # a chain of so many tasks is walked again sooner than looked up
+_MOST_SENDERS = 4  # whose ways are tried all: 4 ** 4 of them
 _LEAST_SAVING = 1e-6  # of what crosses: less is a rounding error of the comparison
 
 
@@ -214,6 +216,48 @@ def saving_of(tree: Tree, nbytes: Mapping[Key, float]) -> float:
         min(a, min(given) + result) - min(b, min(regrouped) + result) for a, b in zip(given, regrouped, strict=True)
     )
     return saving if saving > _LEAST_SAVING * max(given) else 0.0
+
+
+def cheapest_ways(senders: Sequence[str], reader: str, cost: Callable[[str, str], float]) -> dict[str, str]:
+    """Say to which pool each sends its part, so that all of them together reach the reader at the least cost.
+
+    Parameters
+    ----------
+    senders
+        Pools with a part each. One that gets others' parts merges them with its own and sends one.
+    reader
+        Pool in which the result is made.
+    cost
+        Cost of sending a part from one pool to another.
+
+    Returns
+    -------
+    dict
+        Next pool by sender.
+
+    Notes
+    -----
+    Parts are equally large, so this is a least arborescence with the reader as its root. Of few senders all are tried;
+    of many, one gathers what comes cheaper by it.
+    """
+    pools = [*senders, reader]
+    ways: Iterable[Sequence[str]]
+    if len(senders) <= _MOST_SENDERS:
+        ways = itertools.product(pools, repeat=len(senders))
+    else:
+        hub = min(senders, key=lambda pool: sum(min(cost(a, pool), cost(a, reader)) for a in senders if a != pool))
+        ways = [[hub if a != hub and cost(a, hub) < cost(a, reader) else reader for a in senders]]
+    trees = [dict.fromkeys(senders, reader), *(dict(zip(senders, way, strict=True)) for way in ways)]
+    valid = [tree for tree in trees if all(_reaches(tree, sender, reader) for sender in senders)]
+    return min(valid, key=lambda tree: sum(cost(a, b) for a, b in tree.items()))
+
+
+def _reaches(tree: Mapping[str, str], pool: str, reader: str) -> bool:
+    for _ in tree:
+        pool = tree[pool]
+        if pool == reader:
+            return True
+    return False
 
 
 def mean_nbytes(keys: Sequence[Key], nbytes: Mapping[Key, float]) -> float:

@@ -43,7 +43,15 @@ from dask.utils import key_split
 
 from meshcompute.graphs.associative import NUMPY
 from meshcompute.graphs.reductionsteps import Reader, Step, first_key, merged, with_inputs, with_short_counts
-from meshcompute.graphs.reductiontrees import Homes, Tree, grown, mean_nbytes, saving_of, with_other_readers
+from meshcompute.graphs.reductiontrees import (
+    Homes,
+    Tree,
+    cheapest_ways,
+    grown,
+    mean_nbytes,
+    saving_of,
+    with_other_readers,
+)
 
 __all__ = ["Regrouped", "Regrouping", "regroup"]
 
@@ -90,7 +98,15 @@ class Regrouping:
     # of each step that reads counts: the parts that it reads, and what makes them
     _counting: list[tuple[Key, list[tuple[Key, Key]]]] = field(default_factory=list)
 
-    def settle(self, tasks: dict[Key, GraphNode], pool_by_key: dict[Key, str]) -> None:
+    def settle(
+        self,
+        tasks: dict[Key, GraphNode],
+        pool_by_key: dict[Key, str],
+        nbytes: dict[Key, float],
+        *,
+        cost: Callable[[str, str], float] | None = None,
+        stays: Container[Key] = (),
+    ) -> None:
         """Spare the parts of the pools in which the results are made, and shorten the counts in parts that cross.
 
         Parameters
@@ -99,11 +115,22 @@ class Regrouping:
             The graph; changed in place.
         pool_by_key
             Pool by key; changed in place.
+        nbytes
+            Bytes by key; those of new tasks are added.
+        cost
+            Cost of a byte from one pool to another: parts go the cheapest way, and are merged where ways meet. None:
+            all cost the same.
+        stays
+            Keys of values that must not leave their pools.
 
         Notes
         -----
         What a pool's part is made of may as well be read by the last step, if that runs there: a task fewer.
         """
+        ways = (
+            functools.cache(functools.partial(cheapest_ways, cost=cost)) if cost is not None and self._roots else None
+        )
+        n_readers = Counter([key for task in tasks.values() for key in task.dependencies] if ways is not None else ())
         for root, (step, inputs, order) in self._roots.items():
             pool = pool_by_key.get(root)
             settled: list[Key] = []
@@ -115,7 +142,17 @@ class Regrouping:
                 settled += merged
                 del tasks[key]
                 pool_by_key.pop(key, None)
-            if len(settled) > len(inputs):
+            if ways is not None:
+                settled = self._merged_on_the_way(
+                    root,
+                    settled,
+                    tasks,
+                    pool_by_key,
+                    nbytes,
+                    ways=ways,
+                    is_free=lambda key: n_readers[key] < 2 and key not in stays,
+                )
+            if settled != inputs:
                 task = tasks[root]
                 assert isinstance(task, Task)
                 tasks[root] = with_inputs(task, step, settled, order)
@@ -127,6 +164,55 @@ class Regrouping:
                 if isinstance(task := tasks.get(maker), Task):
                     self.shortened.add(maker)
                     tasks[maker] = with_short_counts(task)
+
+    def _merged_on_the_way(
+        self,
+        root: Key,
+        inputs: list[Key],
+        tasks: dict[Key, GraphNode],
+        pool_by_key: dict[Key, str],
+        nbytes: dict[Key, float],
+        *,
+        ways: Callable[[tuple[str, ...], str], dict[str, str]],
+        is_free: Callable[[Key], bool],
+    ) -> list[Key]:
+        """Let parts go the cheapest way to the last step, and be merged where ways meet; say what that step reads then.
+
+        Parts that are not free, since others read them or they must not go everywhere, go straight.
+        """
+        step, _, order = self._roots[root]
+        reader = pool_by_key.get(root)
+        straight: list[Key] = []
+        sent: dict[str, list[Key]] = {}
+        for key in inputs:
+            homes = {pool_by_key.get(part) for part in self._merged_by_part.get(key, (key,))}
+            home = homes.pop() if len(homes) == 1 else None  # where it is made of what lies there
+            if home is None or home == reader or not is_free(key):
+                straight.append(key)
+            else:
+                sent.setdefault(home, []).append(key)
+        if reader is None or len(sent) < 2 or not step.reduction.has_equal_parts:
+            return inputs
+        next_by_pool = ways(tuple(sent), reader)
+
+        def arriving(there: str) -> list[Key]:
+            return [leaving(pool) for pool in sent if next_by_pool[pool] == there]
+
+        def leaving(pool: str) -> Key:
+            parts = [*sent[pool], *arriving(pool)]
+            pool_by_key.update(dict.fromkeys(sent[pool], pool))
+            if len(parts) == 1:
+                return parts[0]
+            name = f"{step.reduction.family}-part-{pool}-{_digest(('on the way', step.reduction.identity, parts), 16)}"
+            key = name, 0
+            tasks[key] = merged(step.reduction, key, parts, order)
+            pool_by_key[key] = pool
+            nbytes[key] = nbytes.get(parts[0], 0.0)
+            if step.reduction.count_share:
+                self._counting.append((root, [(key, key)]))
+            return key
+
+        return straight + arriving(reader)
 
 
 def regroup(

@@ -1,9 +1,8 @@
 """Estimate how many bytes every task's value has when it is sent to another worker.
 
-Covers graphs as they run, after fusion, with what is known of them before they run: chunks and dtypes of the array
-layers they came from, what partial reductions of ``dask.array`` really carry, literal data, and rules of thumb for
-the rest. Does not cover values that exist already (their true size is known to the scheduler) nor what a protocol adds
-to the payload.
+Covers graphs as they run, after fusion, with what is known of them before: chunks and dtypes of the array layers they
+came from, what partial reductions of ``dask.array`` and flox really carry, literal data, rules of thumb for the rest.
+Does not cover values that exist already (the scheduler knows their size) nor what a protocol adds to the payload.
 
 Where an estimate comes from, the first that applies::
 
@@ -35,6 +34,7 @@ from dask.typing import Key
 from dask.utils import parse_bytes
 
 from meshcompute.graphs.associative import PART_NBYTES
+from meshcompute.graphs.associativegroups import STEPS, grouped_chunks, grouped_nbytes
 from meshcompute.graphs.tablesizes import Shuffles, is_table_sender, read_nbytes, table_nbytes
 
 __all__ = ["estimate_nbytes"]
@@ -116,9 +116,8 @@ class _Blocks:
 
         Notes
         -----
-        The chunks that an array layer states are right except in a reduction's first step, where they are those of
-        the input: there the axes that are reduced have length one. What a block carries per element is the dtype's
-        size, except in reductions that hand on several arrays.
+        The chunks that a layer states are right except in a reduction's first step, where they are the input's: axes
+        that are reduced have length one. An element has the dtype's size, unless a reduction hands on several arrays.
         """
         stated = layer.collection_annotations or {}
         dtype, chunks = stated.get("dtype"), stated.get("chunks")
@@ -128,6 +127,8 @@ class _Blocks:
         if itemsize is None or chunks is None:
             return None
         function, options, sample = _function_of(layer)
+        if (grouped := grouped_chunks(layer, sample, chunks, layers)) is not None:
+            return cls(grouped[0], 0, grouped[1], 0)
         name = _dask_array_name(function)
         if name == "broadcast_to":
             return None  # a view of its input, sent as such
@@ -271,18 +272,14 @@ class _Estimate:
     """Sizes of one graph; what needs its inputs' sizes first is put off until they are there."""
 
     def __init__(
-        self,
-        dsk: Mapping[Key, GraphNode],
-        layers: Mapping[str, Layer],
-        guessed: set[Key],
-        measured: Mapping[Key, float],
+        self, dsk: Mapping[Key, GraphNode], layers: Mapping[str, Layer], guessed: set[Key], known: Mapping[Key, float]
     ) -> None:
         self.dsk, self.layers, self.guessed = dsk, layers, guessed
         self.default = float(parse_bytes(dask.config.get("distributed.scheduler.default-data-size", "1kiB")))
         self.blocks_by_name: dict[Any, _Blocks | None] = {}
         self.shapes: dict[Key, tuple[tuple[float, ...], float]] = {}
         self.shuffles: Shuffles | None = None
-        self.sizes: dict[Key, float] = dict(measured)
+        self.sizes: dict[Key, float] = dict(known)
         self.is_guess = False
         self._estimate()
 
@@ -383,16 +380,23 @@ class _Estimate:
             self.shapes[key] = self.shapes[task.args[1]]
         return min(self.default if nbytes is None else nbytes, limit)
 
+    def _blocks_of(self, key: Any) -> _Blocks | None:
+        return self._blocks(key[0]) if type(key) is tuple and key else None
+
     def _block_nbytes(self, key: Any) -> float | None:
         """Return the size of a block of an array layer, None for other keys."""
-        blocks = self._blocks(key[0]) if type(key) is tuple and key else None
-        return None if blocks is None else blocks.nbytes(key[1:])
+        return None if (blocks := self._blocks_of(key)) is None else blocks.nbytes(key[1:])
+
+    def _block_shape(self, key: Any) -> tuple[float, ...] | None:
+        return None if (blocks := self._blocks_of(key)) is None else blocks.shape(key[1:])
 
     def _applied(self, key: Key, task: Task, inputs: Sequence[float]) -> float:
         """Estimate what one function makes of inputs of known size."""
         function, _ = _unwrapped(task.func, {})
         name = getattr(function, "__name__", "")
         if name in _SLICINGS and (nbytes := self._sliced(key, task)) is not None:
+            return nbytes
+        if name in STEPS and (nbytes := grouped_nbytes(task, inputs, self._block_shape)) is not None:
             return nbytes
         is_of_shuffle = (getattr(function, "__module__", None) or "").startswith("distributed.shuffle")
         if is_of_shuffle or is_table_sender(function):
@@ -421,7 +425,7 @@ class _Estimate:
             node = self.dsk.get(index.key)
             index = node.value[1] if isinstance(node, DataNode) and isinstance(node.value, tuple) else None
         if source not in self.shapes:
-            blocks = self._blocks(source[0]) if isinstance(source, tuple) and source else None
+            blocks = self._blocks_of(source)
             if blocks is None or blocks.per_element != blocks.itemsize or (shape := blocks.shape(source[1:])) is None:
                 return None
             self.shapes[source] = shape, blocks.itemsize
@@ -451,11 +455,8 @@ class _Estimate:
 
     def _root(self, key: Key, task: Task) -> float:
         """Estimate a task without inputs: as large as the data that it is called with, if any."""
-        if (
-            _is_carry(key)
-            and (blocks := self._blocks(key[0])) is not None
-            and isinstance(task.args[-1], NestedContainer)
-        ):
+        blocks = self._blocks(key[0]) if _is_carry(key) else None
+        if blocks is not None and isinstance(task.args[-1], NestedContainer):
             shape = dict(zip(task.args[-1].args[::2], task.args[-1].args[1::2], strict=False)).get("shape", ())
             return float(blocks.itemsize * math.prod(shape))
         given = (*task.args, *task.kwargs.values())

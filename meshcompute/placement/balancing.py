@@ -27,6 +27,7 @@ __all__ = ["balanced"]
 _ROUNDS = 6
 _STEP = 1.5  # how fast weights follow loads
 _ENOUGH = 1e-3  # share of the cost that another round would have to save
+_BROADCAST = 16  # readers of a value from which they are counted by pool
 
 
 def balanced(
@@ -101,27 +102,37 @@ class _Mixture:
             for value in values:
                 self.readers[value].append(task)
         self.grouped = {task for group in terms.together if len(group) > 1 for task in group}
+        self.pools: list[int] = []
+        self._rates: dict[tuple[int, int], tuple[float, float]] = {}
+        # How many readers are in each pool, of values with so many that going through them would be felt.
+        self._counts = {net: [0] * terms.n_pools for net, found in enumerate(self.readers) if len(found) > _BROADCAST}
 
     def mixed(self, plan: Placement, rival: Sequence[int]) -> Placement:
         """Move chains as long as the busiest pool gains more time than crossings lose."""
-        pools = list(plan.pools)
+        pools = self.pools = list(plan.pools)
+        for net, counts in self._counts.items():
+            there = [pools[reader] for reader in self.readers[net]]
+            counts[:] = [there.count(pool) for pool in range(len(counts))]
         offers = []
         for chain in self._chains(pools, rival):
             source, target = pools[chain[0]], rival[chain[0]]
-            seconds = sum(self.work[task] for task in chain)
+            seconds = sum([self.work[task] for task in chain])
             if seconds:
-                offers.append((self._rise(pools, chain, target) / seconds, chain[0], chain, source, target))
+                nets = self._nets(chain)
+                rise = self._rise(chain, nets, target)
+                offers.append((rise / seconds, chain[0], rise, seconds, chain, nets, source, target))
         loads = _loads(pools, self.work, self.threads)
         cost = plan.cost
-        for _, _, chain, source, target in sorted(offers):
-            seconds = sum(self.work[task] for task in chain)
+        changed: set[int] = set()  # nets of which a member has moved
+        for _, _, rise, seconds, chain, nets, source, target in sorted(offers):
+            now = rise if changed.isdisjoint(nets) else self._rise(chain, nets, target)
             after = list(loads)
             after[source] -= seconds / self.threads[source]
             after[target] += seconds / self.threads[target]
-            change = self._rise(pools, chain, target) + max(after) - max(loads)
+            change = now + max(after) - max(loads)
             if change < -1e-12 * cost:
-                for task in chain:
-                    pools[task] = target
+                self._move(chain, target)
+                changed.update(nets)
                 loads, cost = after, cost + change
         return replace(plan, pools=pools, cost=cost)
 
@@ -165,24 +176,58 @@ class _Mixture:
             return None
         return found[0]
 
-    def _rise(self, pools: list[int], chain: Sequence[int], target: int) -> float:
-        """Tell how much more crossings and prices cost when a chain moves."""
-        nets = sorted({*chain, *(value for task in chain for value in self.inputs[task])})
-        source = pools[chain[0]]
-        before = sum(self._paid(pools, net) for net in nets)
-        prices = self.terms.prices
-        priced = sum(prices[task][target] - prices[task][source] for task in chain if task in prices)
-        for task in chain:
-            pools[task] = target
-        after = sum(self._paid(pools, net) for net in nets)
-        for task in chain:
-            pools[task] = source
-        return after - before + priced
+    def _nets(self, chain: Sequence[int]) -> list[int]:
+        """List the values that a chain yields or reads, each once."""
+        if len(chain) == 1:
+            return [chain[0], *self.inputs[chain[0]]]
+        return list(dict.fromkeys([*chain, *(value for task in chain for value in self.inputs[task])]))
 
-    def _paid(self, pools: Sequence[int], net: int) -> float:
-        home, terms = pools[net], self.terms
-        there = {pools[reader] for reader in self.readers[net]} - {home, FREE}
-        paid = terms.nbytes[net] * sum(terms.costs[home][pool] for pool in sorted(there))
-        if terms.per_message is not None:
-            paid += sum(terms.per_message[home][pool] for pool in sorted(there))
-        return paid
+    def _move(self, chain: Sequence[int], target: int) -> None:
+        source = self.pools[chain[0]]
+        for task in chain:
+            self.pools[task] = target
+            for value in self.inputs[task]:
+                if value in self._counts:
+                    self._counts[value][source] -= 1
+                    self._counts[value][target] += 1
+
+    def _rise(self, chain: Sequence[int], nets: Sequence[int], target: int) -> float:
+        """Tell how much more crossings and prices cost when a chain moves."""
+        source = self.pools[chain[0]]
+        before = self._paid(nets)
+        self._move(chain, target)
+        after = self._paid(nets)
+        self._move(chain, source)
+        prices = self.terms.prices
+        return after - before + sum([prices[task][target] - prices[task][source] for task in chain if task in prices])
+
+    def _paid(self, nets: Sequence[int]) -> float:
+        pools, readers, nbytes, rates = self.pools, self.readers, self.terms.nbytes, self._rates
+        total = 0.0
+        for net in nets:
+            home = pools[net]
+            there = 0
+            if net in self._counts:
+                for pool, count in enumerate(self._counts[net]):
+                    if count and pool != home:
+                        there |= 1 << pool
+            else:
+                for reader in readers[net]:
+                    pool = pools[reader]
+                    if pool not in (home, FREE):
+                        there |= 1 << pool
+            if there:
+                found = rates.get((home, there))
+                if found is None:
+                    found = rates[home, there] = self._rate(home, there)
+                total += nbytes[net] * found[0] + found[1]
+        return total
+
+    def _rate(self, home: int, there: int) -> tuple[float, float]:
+        """Tell what a byte and a message cost from a pool to all of a bit mask."""
+        tables = (self.terms.costs, self.terms.per_message)
+        per_byte, per_message = (
+            0.0 if table is None else sum(table[home][pool] for pool in range(self.terms.n_pools) if there >> pool & 1)
+            for table in tables
+        )
+        return per_byte, per_message

@@ -187,10 +187,10 @@ def _treelike(core: Core) -> Array:
     def messages(nets: Array, upstream: Array) -> Array:
         """Tell how much more a reader costs in each pool, given what the maker of its input does, shape (n, k)."""
         offers = np.full((len(nets), k), np.inf)
+        amounts = [weights[nets, None] * unpaid[nets] / counts[nets, None] for weights in core.weights]
         for home in range(k):
-            for pool in range(k):
-                paid = np.where(unpaid[nets, pool], core.paid(nets, home, pool), 0.0) / counts[nets]
-                np.minimum(offers[:, pool], upstream[:, home] + paid, out=offers[:, pool])
+            paid = np.sum([a * costs[home] for a, costs in zip(amounts, core.costs, strict=True)], axis=0)
+            np.minimum(offers, upstream[:, home, None] + paid, out=offers)
         return np.asarray(offers - offers.min(axis=1, keepdims=True))
 
     received = np.zeros((len(core.sources), k))

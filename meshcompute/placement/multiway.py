@@ -24,6 +24,7 @@ Y. Boykov, O. Veksler, R. Zabih, "Fast approximate energy minimization via graph
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ import numpy as np
 
 from meshcompute.placement.bisection import bisect, is_large
 from meshcompute.placement.contraction import Contraction
-from meshcompute.placement.core import Core, best_start
+from meshcompute.placement.core import Core, attractive, best_start
 from meshcompute.placement.localsearch import Board, Partition
 from meshcompute.placement.mincut import Network
 
@@ -41,10 +42,14 @@ Array = np.ndarray[Any, Any]
 
 _TOLERANCE = 1e-12
 _MAX_CYCLES = 4
-# Arcs of all cuts together: so the time of a search, some seconds at most, does not grow with the graph. Of a core of
-# ten thousand vertices hardly anything is left out: more than twice as many arcs saved it less than a thousandth.
-_MAX_ARCS = 600_000
-_SMALL = 2000  # vertices that single moves, in plain Python, are worth trying on
+# Arcs of all cuts together: so many, and as many times those of the whole core, so that the time grows linearly.
+_ARCS = 60_000
+_EVEN_SHARE = 5.0
+_UNEVEN_SHARE = 1.0
+_ARCS_PER_CUT = 3000  # that take as long as what there is to do for the smallest cut
+_ARCS_OF_STARTS = 20_000  # of a core that is worth more than one start
+_HOPS = 2  # values between a pool and those whom it gets an offer for: more saved nothing, one lost a little
+_SMALL = 1000  # vertices that single moves, in plain Python, are worth trying on
 
 
 def search(core: Core) -> tuple[Array, float]:
@@ -63,13 +68,13 @@ def search(core: Core) -> tuple[Array, float]:
         What no plan costs less than.
     """
     least = float(core.prices.min(axis=1).sum())
-    if not _is_uniform(core):
-        level, _ = search(_levelled(core))
-        budget = _MAX_ARCS if _n_arcs(core) * core.n_pools <= _MAX_ARCS else 0
-        found = _expanded(core, min(level, best_start(core), key=core.cost), budget)
-        return (_moved(core, found) if len(found) <= _SMALL else found), least
+    return (_even if _is_uniform(core) else _uneven)(core), least
+
+
+def _even(core: Core) -> Array:
+    """Find a plan where every pair of pools costs the same."""
     isolated = Contraction(core)
-    budget = _MAX_ARCS
+    budget = _ARCS + _EVEN_SHARE * _n_arcs(core)
     for pool in range(core.n_pools):
         budget -= _n_arcs(isolated.core)
         if budget < 0 or is_large(isolated.core):
@@ -79,9 +84,18 @@ def search(core: Core) -> tuple[Array, float]:
     contraction = Contraction(isolated.core)
     rest = contraction.run()
     found = _expanded(rest, best_start(rest), budget)
-    if len(found) <= _SMALL:
-        found = _moved(rest, found)
-    return isolated.expand(contraction.expand(found)), least
+    return isolated.expand(contraction.expand(_moved(rest, found)))
+
+
+def _uneven(core: Core) -> Array:
+    """Find a plan where pairs of pools differ: of small cores the best one that several starts lead to."""
+    starts = [_even(_levelled(core)), best_start(core)]
+    if _n_arcs(core) <= _ARCS_OF_STARTS:
+        starts.append(attractive(core))
+        found = min((_expanded(core, start, _ARCS) for start in starts), key=core.cost)
+    else:
+        found = _expanded(core, min(starts, key=core.cost), _ARCS + _UNEVEN_SHARE * _n_arcs(core))
+    return _moved(core, found)
 
 
 def _levelled(core: Core) -> Core:
@@ -170,38 +184,63 @@ def _isolated(core: Core, pool: int) -> Array:
     return network.cut(is_largest=True)[0][2 : m + 2]
 
 
-def _expanded(core: Core, labels: Array, budget: int) -> Array:
-    """Offer every vertex another pool, by one cut for all, until no offer saves anything or the budget is spent.
+def _expanded(core: Core, labels: Array, budget: float) -> Array:
+    """Offer vertices another pool, by one cut for all, until no offer saves anything or the budget is spent.
 
-    First each pool in turn may take whatever is cheaper there; where links differ, vertices of each two pools may also
-    change sides, which is always an exact cut.
+    First each pool in turn may take whatever is near it and cheaper there; where links differ, vertices of each two
+    pools may also change sides, which is always an exact cut.
     """
     k = core.n_pools
+    if not len(labels):
+        return labels
     cost = core.cost(labels)
     offers: list[tuple[int, int, bool]] = [(pool, pool, False) for pool in range(k)]
     if not _is_uniform(core):
         offers += [(pool, pool, True) for pool in range(k)]
         offers += [(first, second, False) for first in range(k) for second in range(first)]
+    arcs_per_vertex = _n_arcs(core) / len(labels)
     since = 0
     for turn in range(_MAX_CYCLES * len(offers)):
-        budget -= _n_arcs(core)
-        if not len(labels) or since == len(offers) or budget < 0:
+        if since == len(offers) or budget < 0:
             break
         first, second, is_source_paying = offers[turn % len(offers)]
         if first == second:
-            offer = _chosen(core, labels, np.full(len(labels), first), is_source_paying=is_source_paying)
+            stay, go = labels, np.where(_near(core, labels, first), first, labels)
         else:
             both = (labels == first) | (labels == second)
-            offer = _chosen(core, np.where(both, first, labels), np.where(both, second, labels))
+            if _n_arcs(core) > _ARCS_OF_STARTS:
+                both &= np.where(labels == first, _near(core, labels, second), _near(core, labels, first))
+            stay, go = np.where(both, first, labels), np.where(both, second, labels)
         since += 1
+        n_open = int(np.count_nonzero(stay != go))
+        if not n_open:
+            continue
+        budget -= arcs_per_vertex * n_open + _ARCS_PER_CUT
+        offer = _chosen(core, stay, go, is_source_paying=is_source_paying)
         if (offered := core.cost(offer)) < cost * (1.0 - _TOLERANCE):
             labels, cost, since = offer, offered, 0
     return labels
 
 
+def _near(core: Core, labels: Array, pool: int) -> Array:
+    """Find the vertices a few values away from what is in a pool, or that would be cheaper there, shape (m,)."""
+    own = core.sources >= 0
+    nets = (core.homes(labels) == pool) | ((core.present >> pool) & 1 == 1)
+    nets[core.nets[labels[core.readers] == pool]] = True
+    found = core.prices[:, pool] < core.prices[np.arange(len(labels)), labels]
+    for _ in range(_HOPS):
+        nets[core.nets[found[core.readers]]] = True
+        nets[own] |= found[core.sources[own]]
+        found[core.readers[nets[core.nets]]] = True
+        found[core.sources[own & nets]] = True
+    return found
+
+
 def _moved(core: Core, labels: Array) -> Array:
-    """Improve a plan by single moves."""
+    """Improve a plan by single moves, if there are not too many to try."""
     m, k = core.prices.shape
+    if not 0 < m <= _SMALL:
+        return labels
     prices = core.prices.copy()
     readers: list[list[int]] = [[] for _ in core.sources]
     inputs: list[list[int]] = [[] for _ in range(m + k)]  # vertices, then one for each pool
@@ -232,7 +271,7 @@ def _moved(core: Core, labels: Array) -> Array:
         outputs=outputs,
         readers=readers,
         sources=sources,
-        pay=lambda net, p, q: sum(w[net] * c[p][q] for w, c in zip(weights, costs, strict=True)),
+        pay=_payer(weights, costs),
         allowed=[*allowed, *((pool,) for pool in range(k))],
         prices=dict(enumerate(prices.tolist())),
         movable=range(m),
@@ -241,6 +280,14 @@ def _moved(core: Core, labels: Array) -> Array:
     Partition(board, pools).improve()
     moved = np.array(pools[:m], dtype=np.int64)
     return min((labels, moved), key=core.cost)
+
+
+def _payer(weights: list[list[float]], costs: list[list[list[float]]]) -> Callable[[int, int, int], float]:
+    """Give a function of a net and two pools that sums up kinds of cost; the usual single kind without a sum."""
+    if len(weights) > 1:
+        return lambda net, p, q: sum(w[net] * c[p][q] for w, c in zip(weights, costs, strict=True))
+    (weight,), (table,) = weights, costs
+    return lambda net, p, q: weight[net] * table[p][q]
 
 
 def _chosen(core: Core, stay: Array, go: Array, *, is_source_paying: bool = False) -> Array:

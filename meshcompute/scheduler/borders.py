@@ -15,7 +15,7 @@ keeps people from doing so by mistake.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dask.utils import key_split
@@ -29,6 +29,8 @@ __all__ = ["BorderScheduler"]
 # A resource that no worker has: what a task asks for that was refused, until it is told so.
 _REFUSED = "meshcompute-refused"
 _MOST_REFUSED = 1000
+# States of a task in which nobody counts with what it asks for.
+_AT_REST = {"released", "waiting", "memory", "erred"}
 
 
 class BorderScheduler(LinkScheduler):
@@ -70,6 +72,26 @@ class BorderScheduler(LinkScheduler):
             ts = todo.pop()
             if self._is_settled(ts):
                 todo += [dts for dts in ts.dependents if dts in new]
+
+    def confine_known(self, plan: Mapping[Any, Held]) -> None:
+        """Give values that are here already the borders that a plan gives them; what had left before has left.
+
+        Parameters
+        ----------
+        plan
+            What the tasks of one graph are held to, by key.
+        """
+        for key in plan.keys() & self.tasks.keys():
+            ts, planned = self.tasks[key], plan[key]
+            held = ts.resource_restrictions
+            if not planned.stays or getattr(held, "stays", ()) or (type(held) is Held and held.leaves):
+                continue
+            if ts.state in _AT_REST:
+                ts.resource_restrictions = planned
+            elif type(held) is Held:  # queued or at work, by what it asks for: that must stay as it is
+                ts.resource_restrictions = Held(
+                    held.pool, held, is_pinned=True, is_fetching=held.is_fetching, stays=planned.stays
+                )
 
     @staticmethod
     def _confined(ts: Any) -> list[Any]:

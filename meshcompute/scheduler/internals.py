@@ -23,7 +23,7 @@ __all__ = ["check_internals"]
 _METHODS: dict[str, tuple[str, ...]] = {
     "_add_to_processing": ("ts", "ws", "stimulus_id"),
     "_apply_annotations": ("tasks", "annotations_by_type", "global_annotations"),
-    "_create_taskstate_from_graph": ("submitting_task", "annotations_by_type"),
+    "_create_taskstate_from_graph": ("dsk", "submitting_task", "annotations_by_type"),
     "_task_to_msg": ("ts",),
     "_transition_no_worker_processing": ("key", "stimulus_id"),
     "_transition_processing_memory": ("key", "stimulus_id", "worker", "nbytes"),

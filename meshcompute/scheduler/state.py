@@ -291,17 +291,34 @@ class PoolScheduler(BorderScheduler):
         with uncollected_if_asked():  # a planned graph asks for it, when it is unpickled in here
             await super().update_graph(*args, **kwargs)
 
-    def _create_taskstate_from_graph(self, *, submitting_task: Any, annotations_by_type: Any, **kwargs: Any) -> Any:
+    def _create_taskstate_from_graph(
+        self, *, dsk: dict[Any, Any], submitting_task: Any, annotations_by_type: Any, **kwargs: Any
+    ) -> Any:
         parent = self.tasks.get(submitting_task) if submitting_task else None
         pool = pool_of(parent) if parent is not None else None
         self._parent = None if pool is None else (pool, is_pinned(parent))
+        self._keep_known(dsk, is_planned=PLAN in annotations_by_type)
         self._plan = annotations_by_type.pop(PLAN, {}).get(PLAN, {})
+        if self.has_borders:
+            self.confine_known(self._plan)
         try:
             return super()._create_taskstate_from_graph(
-                submitting_task=submitting_task, annotations_by_type=annotations_by_type, **kwargs
+                dsk=dsk, submitting_task=submitting_task, annotations_by_type=annotations_by_type, **kwargs
             )
         finally:
             self._parent, self._plan = None, {}
+
+    @or_stock(None)
+    def _keep_known(self, dsk: dict[Any, Any], *, is_planned: bool) -> None:
+        # Plans add relays, and parts of reductions. The same tasks may be here without them, or with others: brought by
+        # another graph, perhaps since this one was planned. They go on to read what they read; Dask would create what
+        # nobody reads then, and warn of deadlocks.
+        for key in dsk.keys() & self.tasks.keys():
+            ts = self.tasks[key]
+            if ts.run_spec is None or not (is_planned or type(ts.resource_restrictions) is Held):
+                continue
+            if dsk[key].dependencies != {dts.key for dts in ts.dependencies}:
+                dsk[key] = ts.run_spec
 
     def _apply_annotations(self, tasks: Any, annotations_by_type: Any, global_annotations: Any = None) -> Any:
         keys = super()._apply_annotations(tasks, annotations_by_type, global_annotations)

@@ -173,7 +173,8 @@ def of_series(function: Callable[[Any], Any], *, is_split: bool) -> Callable[[Se
 
 def climatology(sites: Sequence[str]) -> Job:
     def monthly(values: Any) -> Any:
-        return labelled(values, "MS").groupby("time.month").mean()
+        with xr.set_options(use_flox=False):  # one graph, whatever is installed here
+            return labelled(values, "MS").groupby("time.month").mean()
 
     return Job(results=[monthly(series(sites, is_split=True))], expected=[monthly(true_series(sites))])
 
@@ -193,7 +194,8 @@ def weighted(sites: Sequence[str]) -> Job:
 
 def resampled(sites: Sequence[str]) -> Job:
     def spread(values: Any) -> Any:
-        return labelled(values, "D").resample(time="10D").mean().std("time")
+        with xr.set_options(use_flox=False):
+            return labelled(values, "D").resample(time="10D").mean().std("time")
 
     return Job(results=[spread(series(sites, is_split=True))], expected=[spread(true_series(sites))])
 

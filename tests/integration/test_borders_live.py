@@ -9,7 +9,8 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
-from distributed import Client, Future, futures_of, get_worker, wait
+from dask import delayed
+from distributed import Client, Event, Future, futures_of, get_worker, wait
 from distributed.worker_client import worker_client
 from waiting import wait_until
 
@@ -192,3 +193,39 @@ def test_retiring_a_worker_keeps_such_values_in_their_pool(start_sites: Any) -> 
     first = next(iter(sites.workers("a").values()))
     sites.client.retire_workers([first], close_workers=False)
     wait_until(lambda: set().union(*[holders(sites.client, f.key) for f in futures]) == {"a"}, "all values in pool a")
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_value_that_is_there_or_on_its_way_without_borders_gets_those_that_a_later_graph_gives_it(
+    is_there: bool, sites: Any
+) -> None:
+    gate = Event(f"open, {is_there}")
+
+    def load(n: int) -> np.ndarray:
+        gate.wait()
+        return np.ones(n)
+
+    name = f"raw-{is_there}"
+    with pool("a"):
+        free = sites.client.compute(delayed(load)(1000, dask_key_name=name))
+    try:
+        if is_there:
+            gate.set()
+            wait(free)
+        with pool("a", never_leave=True):
+            confined = delayed(load)(1000, dask_key_name=name).persist()
+        wait_until(
+            lambda: sites.client.run_on_scheduler(stays, key=name) == ("a",), "the border of a value that is there"
+        )
+    finally:
+        gate.set()
+    wait(free)
+    with pytest.raises(errors.SovereigntyError):
+        sites.client.gather(free)
+    with pool("b"), pytest.raises(errors.SovereigntyError):
+        delayed(np.sum)(confined).persist().compute()
+
+
+def stays(key: str, dask_scheduler: Any = None) -> tuple[str, ...]:
+    ts = dask_scheduler.tasks.get(key)
+    return tuple(getattr(ts.resource_restrictions, "stays", ())) if ts is not None else ()

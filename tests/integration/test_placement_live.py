@@ -11,6 +11,7 @@ import dask
 import dask.array as da
 import numpy as np
 import pytest
+from dask import delayed
 from distributed import Client, Event, SchedulerPlugin, futures_of, get_worker
 from waiting import wait_until
 
@@ -144,8 +145,8 @@ def test_a_site_that_only_loads_keeps_pace_with_the_one_that_joins(sites: Any) -
         found.append(sites.client.run_on_scheduler(loads))
         return found[-1][0] == 0 and found[-1][1] >= 4  # joins wait on all threads of a pool
 
-    wait_until(is_settled, "loads that wait for joins")
     try:
+        wait_until(is_settled, "loads that wait for joins")
         assert found[-1][2] <= most
     finally:
         Event("loads may be joined").set()
@@ -185,3 +186,26 @@ def test_the_same_computation_twice_while_its_result_is_held(sites: Any) -> None
         held = x.persist()
         again = (x + 1).compute()
     np.testing.assert_allclose(held.compute() + 1, again)
+
+
+def test_tasks_that_a_plan_gave_relays_keep_them_when_another_client_brings_them_without(sites: Any) -> None:
+    with pool("a"):
+        x = delayed(np.ones)(50_000, dask_key_name="shared-x")
+    with pool("b"):
+        y, z = (delayed(total)(x, i, dask_key_name=f"shared-{i}") for i in range(2))
+    with Client(sites.mesh.scheduler_address, set_as_default=False) as stranger:
+        with propagate_pools():
+            both = sites.client.compute(delayed(total)(y, z, dask_key_name="shared-both"))
+        assert both.result() == 100_001
+        again = {
+            "shared-x": (np.ones, 50_000),
+            "shared-0": (total, "shared-x", 0),
+            "shared-more": (total, "shared-0", 5),
+        }
+        assert stranger.get(again, "shared-more") == 50_005
+    log = sites.mesh.log("scheduler")
+    assert [line for line in log.splitlines() if "Detected different" in line and "shared-" in line] == []
+
+
+def total(x: Any, y: Any) -> float:
+    return float(np.sum(x) + np.sum(y))

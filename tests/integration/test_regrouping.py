@@ -102,14 +102,54 @@ def test_the_mean_over_time_of_xarray_moves_ten_times_fewer_bytes(pools: str) ->
     assert 0 < fewer <= more / 10
 
 
-def test_means_by_group_of_xarray_are_right_and_move_fewer_bytes(pools: str) -> None:
+def seasons(pools: str) -> Any:
     times = pd.date_range("2001-01-01", periods=96, freq="7D")
-    x = xr.DataArray(series(pools), {"time": times}, ("time", "y", "x")).groupby("time.season").mean()
+    return xr.DataArray(series(pools), {"time": times}, ("time", "y", "x")).groupby("time.season")
+
+
+@pytest.mark.parametrize("use_flox", [False, True])
+def test_means_by_group_of_xarray_are_right_and_move_fewer_bytes(pools: str, use_flox: bool) -> None:
+    with xr.set_options(use_flox=use_flox):
+        x = seasons(pools).mean()
     ours, fewer = measured(x)
     with dask.config.set({SWITCH: False}):
         stock, more = measured(x)
     xr.testing.assert_allclose(ours, stock)
     assert 0 < fewer <= more / 3  # a mean of each of four groups from each site, with its numbers
+
+
+@pytest.mark.parametrize("name", ["sum", "count", "max", "std"])
+def test_what_flox_makes_by_group_sends_one_part_of_each_group_from_each_site(pools: str, name: str) -> None:
+    with xr.set_options(use_flox=True):
+        x = getattr(seasons(pools), name)()
+    plan = explain(x)
+    assert "4 reductions regrouped by pool" in str(plan)
+    ours, first = measured(x)
+    plan = explain(x)  # that nothing is missing, so that numbers cross as one, is known when it has run
+    again, second = measured(x)
+    with dask.config.set({SWITCH: False}):
+        stock, more = measured(x)
+    xr.testing.assert_allclose(ours, stock)
+    xr.testing.assert_identical(ours, again)
+    assert between_sites(plan) == pytest.approx(second, rel=0.05)
+    field = 60 * 50 * 8
+    parts = 4 * (len(pools) - 1) * field  # squared deviations, sums and numbers of a std
+    expected = {"sum": parts, "count": 0, "max": parts, "std": 3 * parts}[name]
+    assert first == second == pytest.approx(expected, abs=4 * len(pools) * 1000)
+    assert 0 < second <= more / 2
+
+
+def test_a_mean_for_each_day_of_the_week_by_flox_moves_ten_times_fewer_bytes(pools: str) -> None:
+    """Every block has every group: flox's method map-reduce."""
+    times = pd.date_range("2001-01-01", periods=60 * 7)
+    x = xr.DataArray(series(pools, 60, (7, 20, 20)), {"time": times}, ("time", "y", "x"))
+    with xr.set_options(use_flox=True):
+        reduced = x.groupby("time.dayofweek").mean()
+    ours, fewer = measured(reduced)
+    with dask.config.set({SWITCH: False}):
+        stock, more = measured(reduced)
+    xr.testing.assert_allclose(ours, stock)
+    assert 0 < fewer <= more / 10
 
 
 def test_a_table_by_group_is_right_and_moves_fewer_bytes(pools: str) -> None:

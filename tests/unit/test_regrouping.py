@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import dask
@@ -16,95 +15,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
-from dask._expr import FinalizeCompute
-from dask.base import collections_to_expr
-from dask.core import flatten
-from dask.local import get_sync
 from dask.sizeof import sizeof
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from regrouped import blocks_of, both, climate, crossing, expression, plan, series, values_crossing
 
-from meshcompute import planning
 from meshcompute.clients import pool
 from meshcompute.explaining import Plan
 from meshcompute.graphs.associative import FAMILIES, loaded
 from meshcompute.graphs.associativetables import BAGS, TABLES
 from meshcompute.graphs.reductionsteps import Reader
-from meshcompute.planning import Assignment, Request
-from meshcompute.scheduler.live import EmptyView
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Both:
-    """One computation, planned as given and regrouped."""
-
-    given: Assignment
-    regrouped: Assignment
-
-    @property
-    def names(self) -> dict[str, int]:
-        return {kind.name: kind.count for kind in self.regrouped.regrouped}
-
-    def values(self) -> tuple[Any, Any]:
-        """Results of both."""
-        return tuple(get_sync(dict(a.tasks), list(a.keys))[0] for a in (self.given, self.regrouped))
-
-
-def expression(x: Any) -> Any:
-    return FinalizeCompute(collections_to_expr((x,))).optimize()
-
-
-def plan(expr: Any, *, is_regrouping: bool = True) -> Assignment:
-    keys = tuple(flatten(expr.__dask_keys__()))
-    request = Request(keys=keys, is_propagating=True, is_regrouping=is_regrouping)
-    assignment = planning.assign(expr, request, EmptyView())
-    missing = {dep for task in assignment.tasks.values() for dep in task.dependencies} - assignment.tasks.keys()
-    assert not missing
-    return assignment
-
-
-def both(x: Any) -> Both:
-    expr = expression(x)
-    return Both(given=plan(expr, is_regrouping=False), regrouped=plan(expr))
-
-
-def crossing(assignment: Assignment) -> float:
-    """Bytes that a plan sends between pools, a value once for each destination."""
-    pools = assignment.pool_by_key
-    sent = {
-        (dep, pools[key])
-        for key, task in assignment.tasks.items()
-        for dep in task.dependencies
-        if key in pools and pools.get(dep, pools[key]) != pools[key]
-    }
-    return sum(assignment.nbytes_by_key[dep] for dep, _ in sent)
-
-
-def values_crossing(assignment: Assignment) -> list[Any]:
-    """Values that a plan sends between pools, each once for each destination."""
-    pools = assignment.pool_by_key
-    sent = {
-        (dep, pools[key])
-        for key, task in assignment.tasks.items()
-        for dep in task.dependencies
-        if key in pools and pools.get(dep, pools[key]) != pools[key]
-    }
-    return list(get_sync(dict(assignment.tasks), [dep for dep, _ in sorted(sent, key=str)]))
-
-
-def series(blocks: Sequence[np.ndarray], pools: str, axis: int = 0) -> da.Array:
-    """An array of blocks that lie in pools a, b, ... in turn."""
-    parts = []
-    for i, block in enumerate(blocks):
-        with pool(pools[i % len(pools)]):
-            parts.append(da.from_array(block, chunks=block.shape))
-    return da.concatenate(parts, axis=axis)
-
-
-def blocks_of(n: int = 24, shape: tuple[int, ...] = (2, 5), seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.normal(3, 100, shape) for _ in range(n)]
-
 
 ARRAYS: dict[str, Callable[[Any], Any]] = {
     "sum": lambda x: x.sum(0),
@@ -450,18 +370,6 @@ def test_reductions_with_annotations_of_their_own_keep_them() -> None:
     assert set(assignment.annotations.get("priority", {})) <= assignment.tasks.keys()
 
 
-def climate(pools: str) -> tuple[xr.DataArray, xr.DataArray]:
-    """A series of days, a block per month, and the same in memory."""
-    times = pd.date_range("2001-01-01", "2002-12-31")
-    values = np.random.default_rng(4).random((len(times), 3, 2))
-    values[::17, 1] = np.nan
-    lengths = pd.Series(1, times).groupby([times.year, times.month]).sum()
-    edges = np.cumsum([0, *lengths])
-    blocks = [values[a:b] for a, b in itertools.pairwise(edges)]
-    dims, coords = ("time", "y", "x"), {"time": times}
-    return xr.DataArray(series(blocks, pools), coords, dims), xr.DataArray(values, coords, dims)
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -485,9 +393,13 @@ def climate(pools: str) -> tuple[xr.DataArray, xr.DataArray]:
         lambda x: (x - x.mean("time")).std("time"),
     ],
 )
-def test_xarray_reductions_are_regrouped_and_right(make: Callable[[xr.DataArray], xr.DataArray]) -> None:
+@pytest.mark.parametrize("use_flox", [False, True])
+def test_xarray_reductions_are_regrouped_and_right(
+    use_flox: bool, make: Callable[[xr.DataArray], xr.DataArray]
+) -> None:
     lazy, eager = climate("aabab")
-    result = make(lazy)
+    with xr.set_options(use_flox=use_flox):
+        result = make(lazy)
     x = both(result.data)
     assert x.names
     np.testing.assert_allclose(x.values()[1], make(eager).transpose(*result.dims), rtol=1e-9)
@@ -505,9 +417,13 @@ def test_xarray_reductions_are_regrouped_and_right(make: Callable[[xr.DataArray]
     ],
     ids=["cumulative sum", "quantile", "median", "quantile by group", "no reduction"],
 )
-def test_what_xarray_cannot_do_in_parts_stays_and_is_right(make: Callable[[xr.DataArray], xr.DataArray]) -> None:
+@pytest.mark.parametrize("use_flox", [False, True])
+def test_what_xarray_cannot_do_in_parts_stays_and_is_right(
+    use_flox: bool, make: Callable[[xr.DataArray], xr.DataArray]
+) -> None:
     lazy, eager = climate("aabab")
-    result = make(lazy)
+    with xr.set_options(use_flox=use_flox):
+        result = make(lazy)
     x = both(result.data)
     assert not x.names
     np.testing.assert_allclose(x.values()[1], make(eager).transpose(*result.dims), rtol=1e-12)
