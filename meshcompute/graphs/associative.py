@@ -1,8 +1,9 @@
 """Which functions of Dask merge parts of a reduction, and how: the table of what may be regrouped.
 
-Covers what is known of one step's function (:class:`Reduction`), and the functions of arrays. Does not cover tables and
-bags (:mod:`meshcompute.graphs.associativetables`), tasks (:mod:`meshcompute.graphs.reductionsteps`), nor which of them
-should merge other parts than they do (:mod:`meshcompute.graphs.regrouping`).
+Covers what is known of one step's function (:class:`Reduction`), and the functions of arrays. Does not cover arrays by
+group (:mod:`meshcompute.graphs.associativegroups`), tables and bags (:mod:`meshcompute.graphs.associativetables`),
+tasks (:mod:`meshcompute.graphs.reductionsteps`), nor which of them should merge other parts than they do
+(:mod:`meshcompute.graphs.regrouping`).
 
 A tree of a reduction has steps of two kinds. A *combine* makes one part of several parts; a *final* step makes the
 result of them. A family is in the table if for its functions, whatever the parts::

@@ -106,8 +106,11 @@ def _arrays_of(agg: Any) -> list[int]:
     if not len(merges) == len(chunk) == len(dtypes):
         return []
     known = {loaded(name): n for name, n in MERGES.items()}
-    n_arrays = [known.get(merge, 0) if callable(merge) else 0 for merge in merges]
-    dtypes = [loaded("numpy:dtype")(dtype) for dtype in dtypes]
+    try:
+        n_arrays = [known.get(merge, 0) if callable(merge) else 0 for merge in merges]
+        dtypes = [loaded("numpy:dtype")(dtype) for dtype in dtypes]
+    except TypeError:  # functions that cannot be hashed, and types that are none of numpy's, are none of ours
+        return []
     if 0 in n_arrays or any(dtype.kind not in KINDS_OF_NUMBERS for dtype in dtypes):
         return []
     return [n * dtype.itemsize for n, dtype in zip(n_arrays, dtypes, strict=True)]
@@ -173,13 +176,14 @@ def grouped_nbytes(
         Tells the shape of a block, groups along its last axis, by key; None: it is not known.
     """
     function, options = _first_of(task.func)
+    part = max(inputs, default=0.0)
     if function is loaded(STEPS["_simple_combine"]):
-        return max(inputs)
+        return part
     if function is loaded(STEPS["_aggregate"]) and (arrays := _arrays_of(options.get("agg"))):
-        result: int = options["agg"].dtype["final"].itemsize
-        return max(inputs) * result / sum(arrays)
-    if function is loaded(STEPS["reindex_intermediates"]) and (shape := shape_of(next(iter(task.dependencies)))):
-        return max(inputs) * len(options["unique_groups"]) / max(1.0, shape[-1])
+        return part * getattr(options["agg"].dtype.get("final"), "itemsize", 0) / sum(arrays) or None
+    if function is loaded(STEPS["reindex_intermediates"]) and task.dependencies:
+        shape = shape_of(next(iter(task.dependencies)))
+        return part * len(options.get("unique_groups", ())) / max(1.0, shape[-1]) or None if shape else None
     return None
 
 

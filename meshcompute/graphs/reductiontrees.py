@@ -22,7 +22,7 @@ from meshcompute.graphs.reductionsteps import Step
 __all__ = ["Homes", "Tree", "cheapest_ways", "grown", "mean_nbytes", "saving_of", "with_other_readers"]
 
 _SHORT = 4  # a chain of so many tasks is walked again sooner than looked up
-_MOST_SENDERS = 4  # whose ways are tried all: 4 ** 4 of them
+_MOST_SENDERS = 4  # all of whose ways are tried: 5 ** 4
 _LEAST_SAVING = 1e-6  # of what crosses: less is a rounding error of the comparison
 
 

@@ -19,6 +19,9 @@ Notes
 *Never worse.* With parts of one size, what leaves a pool in a plan of the given tree is a part, or every chunk of that
 pool by itself; the regrouped tree sends the smaller of the two. A tree is changed only if that is less.
 
+*Ways.* Where links differ in price, parts need not go straight to the last step: they go along the cheapest tree of
+links, and a pool that others' parts come by merges them with its own.
+
 *Numerically* a sum in another order differs by rounding, as it does between two chunkings: chunks of a pool keep their
 order, and pools come in the order of their first chunks. Integers come out the same to the last bit.
 

@@ -43,11 +43,14 @@ Array = np.ndarray[Any, Any]
 _TOLERANCE = 1e-12
 _MAX_CYCLES = 4
 # Arcs of all cuts together: so many, and as many times those of the whole core, so that the time grows linearly.
-_ARCS = 60_000
+_ARCS = 120_000
 _EVEN_SHARE = 5.0
-_UNEVEN_SHARE = 1.0
+_NEARBY_SHARE = 1.0  # where links differ, with offers to those nearby,
+_EVERYWHERE_SHARE = 4.0  # and to all
 _ARCS_PER_CUT = 3000  # that take as long as what there is to do for the smallest cut
 _ARCS_OF_STARTS = 20_000  # of a core that is worth more than one start
+_ARCS_OF_ROUND = 450_000  # of one offer of each pool to all vertices
+_THICK = 3  # readers of a value, on average, from which a few values reach far
 _HOPS = 2  # values between a pool and those whom it gets an offer for: more saved nothing, one lost a little
 _SMALL = 1000  # vertices that single moves, in plain Python, are worth trying on
 
@@ -94,7 +97,8 @@ def _uneven(core: Core) -> Array:
         starts.append(attractive(core))
         found = min((_expanded(core, start, _ARCS) for start in starts), key=core.cost)
     else:
-        found = _expanded(core, min(starts, key=core.cost), _ARCS + _UNEVEN_SHARE * _n_arcs(core))
+        share = _NEARBY_SHARE if _is_local(core) else _EVERYWHERE_SHARE
+        found = _expanded(core, min(starts, key=core.cost), _ARCS + share * _n_arcs(core))
     return _moved(core, found)
 
 
@@ -199,16 +203,18 @@ def _expanded(core: Core, labels: Array, budget: float) -> Array:
         offers += [(pool, pool, True) for pool in range(k)]
         offers += [(first, second, False) for first in range(k) for second in range(first)]
     arcs_per_vertex = _n_arcs(core) / len(labels)
+    is_local = _is_local(core)
     since = 0
     for turn in range(_MAX_CYCLES * len(offers)):
         if since == len(offers) or budget < 0:
             break
         first, second, is_source_paying = offers[turn % len(offers)]
         if first == second:
-            stay, go = labels, np.where(_near(core, labels, first), first, labels)
+            near = _near(core, labels, first) if is_local else True
+            stay, go = labels, np.where(near, first, labels)
         else:
             both = (labels == first) | (labels == second)
-            if _n_arcs(core) > _ARCS_OF_STARTS:
+            if is_local:
                 both &= np.where(labels == first, _near(core, labels, second), _near(core, labels, first))
             stay, go = np.where(both, first, labels), np.where(both, second, labels)
         since += 1
@@ -220,6 +226,14 @@ def _expanded(core: Core, labels: Array, budget: float) -> Array:
         if (offered := core.cost(offer)) < cost * (1.0 - _TOLERANCE):
             labels, cost, since = offer, offered, 0
     return labels
+
+
+def _is_local(core: Core) -> bool:
+    """Tell whether a pool is offered only to what is near it: where that costs little, as measured, or all too much."""
+    n_arcs = _n_arcs(core)
+    if _is_uniform(core) or len(core.nets) > _THICK * len(core.sources):
+        return n_arcs > _ARCS_OF_STARTS
+    return core.n_pools * n_arcs > _ARCS_OF_ROUND
 
 
 def _near(core: Core, labels: Array, pool: int) -> Array:

@@ -168,6 +168,26 @@ def test_a_table_by_group_is_right_and_moves_fewer_bytes(pools: str) -> None:
     assert 0 < fewer < more / 2
 
 
+def test_parts_are_merged_on_their_way_where_links_differ_in_price(pools: str) -> None:
+    """The result is wanted where something large lies; the first pool's part goes there by the second."""
+    others = pools[1:]
+    with pool(pools[-1]):
+        large = da.random.default_rng(9).normal(0, 1, (4, 60, 500), chunks=(1, 60, 500))
+    reduced = (large[:, :, :50] * 2 + series(pools).std(0)).sum(0) + large.sum(0)[:, :50]
+    links = [{"from": a, "to": b, "cost": 1.0} for a, b in zip(pools, others, strict=False)]
+    settings = {"meshcompute.objective": "money", "meshcompute.links": [{"from": "*", "to": "*", "cost": 9.0}, *links]}
+    with dask.config.set({SWITCH: False}):
+        stock = reduced.compute()
+    with dask.config.set(settings):
+        plan = explain(reduced)
+        with measure_traffic() as traffic:
+            ours = reduced.compute()
+    np.testing.assert_allclose(ours, stock, rtol=1e-9)
+    sent = {pair: n for pair, n in traffic.bytes_between_pools.items() if "client" not in pair and n > 10_000}
+    assert sent.keys() == {(a, b) for a, b in zip(pools, others, strict=False)}
+    assert sum(sent.values()) == pytest.approx(between_sites(plan), rel=0.05)
+
+
 def test_a_reduction_that_is_held_is_used_again_and_nothing_runs_twice(pools: str) -> None:
     reduced = series(pools, n=24).mean(0)
     held = reduced.persist()

@@ -106,3 +106,16 @@ def test_more_pools_give_no_flow_more_than_two_do(links, arcs_of_flows) -> None:
     placed = place(graph, 3, links)
     assert all(pin is None or pin == (pool,) for pin, pool in zip(graph.pins, placed.pools, strict=True))
     assert max(arcs_of_flows, default=0) <= 4 * bisection.MAX_MEMBERS
+
+
+@pytest.mark.parametrize("n_pools", [3, 16])
+@pytest.mark.parametrize("is_even", [True, False])
+def test_what_flows_get_grows_no_faster_than_the_graph(n_pools: int, is_even: bool, arcs_of_flows) -> None:
+    links = None if is_even else Links(per_byte=[[1 + (3 * p + q) % 5 for q in range(n_pools)] for p in range(n_pools)])
+    for n_layers in (4, 16):
+        arcs_of_flows.clear()
+        graph = tangle(n_layers, 3, 10, n_pools)
+        place(graph, n_pools, links)
+        n_members = len(graph.nbytes) + sum(map(len, graph.dependencies))
+        print(f"{len(graph.nbytes)} tasks: {sum(arcs_of_flows) / n_members:.1f} arcs per member")
+        assert sum(arcs_of_flows) <= 2_000_000 + 60 * n_members

@@ -244,3 +244,39 @@ def test_more_pools_are_close_to_the_least_cost_on_average(
 @pytest.mark.parametrize("n_pools", [3, 5])
 def test_links_of_any_cost_where_detours_are_cheaper_are_close_to_the_least_cost_on_average(n_pools: int) -> None:
     assert np.mean([ratio for kind in KINDS for ratio in ratios_of(kind, n_pools, "any")]) <= 1.05
+
+
+def stencil(rng: random.Random, n_pools: int) -> Graph:
+    """Rounds in which each block of a plane reads the four beside it; rows or squares of blocks are at one pool."""
+    sketch, side = Sketch(), rng.randint(4, 6)
+    is_striped = rng.random() < 0.5
+
+    def home(row: int, column: int) -> int:
+        return row * n_pools // side if is_striped else (2 * row // side * 2 + 2 * column // side) % n_pools
+
+    blocks = {
+        at: sketch.add([], rng.choice((5.0, 10.0)), (home(*at),)) for at in itertools.product(range(side), repeat=2)
+    }
+    for _ in range(rng.randint(1, 3)):
+        near = {(r, c): [(r, c), (r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)] for r, c in blocks}
+        blocks = {
+            at: sketch.add([blocks[other] for other in near[at] if other in blocks], rng.choice((5.0, 10.0, 20.0)))
+            for at in blocks
+        }
+    return sketch.graph()
+
+
+@pytest.mark.parametrize("n_pools", [3, 5])
+def test_stencils_over_links_of_three_magnitudes_are_close_to_the_least_cost(n_pools: int) -> None:
+    # Of 299 such graphs, also larger and with halos, the mean was 1.011 and the worst 1.58; of these, 1.03 and 1.61.
+    ratios = []
+    for seed in range(20):
+        rng = random.Random(seed)
+        graph = stencil(rng, n_pools)
+        links = Links(per_byte=[[10 ** rng.uniform(-1.5, 1.5) for _ in range(n_pools)] for _ in range(n_pools)])
+        placed, least = place(graph, n_pools, links), least_cost(graph, n_pools, links)
+        assert_holds(graph, placed, links, least)
+        ratios.append(placed.cost / least)
+    print(f"mean {np.mean(ratios):.4f}, worst {max(ratios):.3f} x the optimum")
+    assert np.mean(ratios) <= 1.05
+    assert max(ratios) <= 2.0

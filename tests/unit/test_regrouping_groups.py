@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import xarray as xr
+from dask._task_spec import DataNode, Task, TaskRef
 from dask.sizeof import sizeof
 from flox.aggregations import Aggregation
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from regrouped import Both, blocks_of, both, climate, crossing, series, values_c
 from meshcompute.graphs import associativegroups
 from meshcompute.graphs.associative import loaded
 from meshcompute.graphs.associativegroups import MERGES, STEPS, group_reduction
+from meshcompute.graphs.sizes import estimate_nbytes
 from meshcompute.planning import Assignment
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -301,6 +303,22 @@ def nested(task: Any) -> list[Any]:
     return list(steps.values())
 
 
+class Unhashable:
+    """A function that cannot be looked up."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, array: np.ndarray, **options: Any) -> np.ndarray:
+        return array
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_size_of_what_an_unknown_flox_makes_is_a_guess_and_no_error(name: str) -> None:
+    step = Task("step", functools.partial(loaded(STEPS[name]), odd=1), TaskRef(("part", 0)))
+    sizes = estimate_nbytes({"step": step, ("part", 0): DataNode(("part", 0), np.ones(100))}, {})
+    assert 700 < sizes["step"] <= 800
+
+
 @pytest.mark.parametrize("name", ["_simple_combine", "_aggregate"])
 def test_a_flox_that_calls_its_steps_otherwise_is_left_alone(name: str) -> None:
     function = function_of(reduced(blocks_of(), "ab", np.tile([0, 1], 24), "nanmean", method="map-reduce"), name)
@@ -316,7 +334,14 @@ def test_a_flox_that_calls_its_steps_otherwise_is_left_alone(name: str) -> None:
     ]
     if name == "_aggregate":
         others += [{**options, "combine": flox.dask._simple_combine}, {**options, "combine": None}]
-    for attributes in ({"simple_combine": None}, {"dtype": None}, {"chunk": ()}, {"reduction_type": "scan"}):
+    for attributes in (
+        {"simple_combine": None},
+        {"simple_combine": (Unhashable(),) * len(options["agg"].chunk)},
+        {"dtype": None},
+        {"dtype": {"intermediate": ("no type",) * len(options["agg"].chunk)}},
+        {"chunk": ()},
+        {"reduction_type": "scan"},
+    ):
         agg = Aggregation("mean", chunk="sum", combine="sum", fill_value=0)
         agg.__dict__.update({**options["agg"].__dict__, **attributes})
         others.append({**options, "agg": agg})
