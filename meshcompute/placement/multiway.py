@@ -45,11 +45,13 @@ _MAX_CYCLES = 4
 # Arcs of all cuts together: so many, and as many times those of the whole core, so that the time grows linearly.
 _ARCS = 120_000
 _EVEN_SHARE = 5.0
+_LARGE_SHARE = 2.0  # of a core of which no pool was isolated
 _NEARBY_SHARE = 1.0  # where links differ, with offers to those nearby,
 _EVERYWHERE_SHARE = 4.0  # and to all
+_PASSES = 0.25  # arcs of the whole core that take as long as what an offer to a part of it has to look through
 _ARCS_PER_CUT = 3000  # that take as long as what there is to do for the smallest cut
 _ARCS_OF_STARTS = 20_000  # of a core that is worth more than one start
-_ARCS_OF_ROUND = 450_000  # of one offer of each pool to all vertices
+_ARCS_OF_ROUND = 600_000  # of one offer of each pool to all vertices
 _THICK = 3  # readers of a value, on average, from which a few values reach far
 _HOPS = 2  # values between a pool and those whom it gets an offer for: more saved nothing, one lost a little
 _SMALL = 1000  # vertices that single moves, in plain Python, are worth trying on
@@ -86,6 +88,8 @@ def _even(core: Core) -> Array:
         isolated.fix(side, np.full(len(side), pool))
     contraction = Contraction(isolated.core)
     rest = contraction.run()
+    if is_large(rest):
+        budget = min(budget, _LARGE_SHARE * _n_arcs(rest))
     found = _expanded(rest, best_start(rest), budget)
     return isolated.expand(contraction.expand(_moved(rest, found)))
 
@@ -221,7 +225,8 @@ def _expanded(core: Core, labels: Array, budget: float) -> Array:
         n_open = int(np.count_nonzero(stay != go))
         if not n_open:
             continue
-        budget -= arcs_per_vertex * n_open + _ARCS_PER_CUT
+        passes = _PASSES * len(labels) if is_local else 0.0
+        budget -= arcs_per_vertex * (n_open + passes) + _ARCS_PER_CUT
         offer = _chosen(core, stay, go, is_source_paying=is_source_paying)
         if (offered := core.cost(offer)) < cost * (1.0 - _TOLERANCE):
             labels, cost, since = offer, offered, 0
