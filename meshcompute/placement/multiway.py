@@ -16,6 +16,9 @@ it crosses. Other costs have no such bound: there the cuts are a way to find goo
 swap is a cut whatever links cost; so is an expansion to a pool from which nothing is cheaper to send than from where it
 is now. Elsewhere an expansion is the cut of an upper bound that is right for the plan as it is, so it never costs more.
 
+The time grows linearly: arcs of all cuts together have a budget. In a large core a pool is offered only what lies a few
+values away from it; in a small one whose links differ, the search begins from several plans, and the best end counts.
+
 References
 ----------
 E. Dahlhaus et al., "The complexity of multiterminal cuts", SIAM J. Comput. 23(4), 1994.

@@ -84,7 +84,7 @@ class BorderScheduler(LinkScheduler):
         for key in plan.keys() & self.tasks.keys():
             ts, planned = self.tasks[key], plan[key]
             held = ts.resource_restrictions
-            if not planned.stays or getattr(held, "stays", ()) or (type(held) is Held and held.leaves):
+            if not planned.stays or (type(held) is Held and (held.stays or held.leaves)):
                 continue
             if ts.state in _AT_REST:
                 ts.resource_restrictions = planned
