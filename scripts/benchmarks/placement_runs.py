@@ -101,7 +101,7 @@ class Runner:
         self.client.register_plugin(Record())
 
     def stock(self, job: Job) -> Run:
-        """Compute as stock Dask does, several times: bytes are the mean, all else is of one run, one that failed if any."""
+        """Compute as stock Dask does, several times: bytes are the mean, the rest is of one, one that failed if any."""
 
         def work(run: Run) -> None:
             kept = job.kept
