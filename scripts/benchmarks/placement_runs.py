@@ -6,7 +6,8 @@ not cover what should have crossed (``placement_graphs.py``).
 
 Stock Dask gets the graph that we get, fused likewise, with its loads tied to their sites by resources, as a user
 without pools would have to; where the rest runs is its own choice, which differs from run to run, by up to five times
-in bytes: it computes every job a few times, and the mean counts. It goes first, on a scheduler that has nothing of ours.
+in bytes: it computes every job a few times, and the mean counts. It goes first, on a scheduler that has
+nothing of ours.
 """
 
 from __future__ import annotations
