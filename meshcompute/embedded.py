@@ -31,6 +31,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import dask
 from distributed import Client
 
 from meshcompute.errors import MeshError
@@ -51,14 +52,6 @@ _NAMESPACES: Sequence[Sequence[str]] = (
 _DIE_WITH_PARENT: Sequence[str] = ("setpriv", "--pdeathsig", "KILL")
 # What --keep-caps gave for the mounts is dropped again before the worker starts.
 _DROP_CAPABILITIES: Sequence[str] = ("--inh-caps=-all", "--ambient-caps=-all")
-# As distributed's nanny sets them for its workers (distributed.nanny.pre-spawn-environ): one thread for each task, and
-# memory that is freed goes back to the system at once.
-_PRE_SPAWN: Mapping[str, str] = {
-    "MALLOC_TRIM_THRESHOLD_": "65536",
-    "OMP_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
 
 
 class MeshStartError(MeshError, RuntimeError):
@@ -363,10 +356,12 @@ class EmbeddedMesh:
             command = [*_DIE_WITH_PARENT, *drop, *command]
         if self._namespace is not None:
             command = [*self._namespace, "sh", "-ec", f'{self._mounts(site)}\nexec "$@"', "sh", *command]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        # As a nanny does: one thread for each task, and memory that is freed goes back to the system at once.
+        spawned = dask.config.get("distributed.nanny.pre-spawn-environ")
+        environment = {variable: str(value) for variable, value in spawned.items() if value is not None}
+        environment |= {**os.environ, "PYTHONUNBUFFERED": "1"}
         # The source tree of a developer must not leak into an environment that is meant to be another one.
         environment.pop("PYTHONPATH", None)
-        environment |= _PRE_SPAWN
         environment |= self.environment
         if site is not None:
             environment["POOL_NAME"] = site

@@ -59,28 +59,26 @@ def both(x: Any) -> Both:
     return Both(given=plan(expr, is_regrouping=False), regrouped=plan(expr))
 
 
-def crossing(assignment: Assignment) -> float:
-    """Bytes that a plan sends between pools, a value once for each destination."""
+def sent(assignment: Assignment) -> set[tuple[Any, str]]:
+    """Values that a plan sends between pools, each once for each destination: key, and where it goes."""
     pools = assignment.pool_by_key
-    sent = {
+    return {
         (dep, pools[key])
         for key, task in assignment.tasks.items()
         for dep in task.dependencies
         if key in pools and pools.get(dep, pools[key]) != pools[key]
     }
-    return sum(assignment.nbytes_by_key[dep] for dep, _ in sent)
+
+
+def crossing(assignment: Assignment) -> float:
+    """Bytes that a plan sends between pools."""
+    return sum(assignment.nbytes_by_key[key] for key, _ in sent(assignment))
 
 
 def values_crossing(assignment: Assignment) -> list[Any]:
-    """Values that a plan sends between pools, each once for each destination."""
-    pools = assignment.pool_by_key
-    sent = {
-        (dep, pools[key])
-        for key, task in assignment.tasks.items()
-        for dep in task.dependencies
-        if key in pools and pools.get(dep, pools[key]) != pools[key]
-    }
-    return list(get_sync(dict(assignment.tasks), [dep for dep, _ in sorted(sent, key=str)]))
+    """Values that a plan sends between pools."""
+    keys = [key for key, _ in sorted(sent(assignment), key=str)]
+    return list(get_sync(dict(assignment.tasks), keys))
 
 
 def series(blocks: Sequence[np.ndarray], pools: str, axis: int = 0) -> da.Array:

@@ -56,6 +56,14 @@ def test_workers_are_named_by_pool_site_and_process_and_carry_their_pool(sites):
     assert sorted(names.values()) == ["a", "a", "b", "b"]
 
 
+def test_workers_are_started_as_by_a_nanny_and_what_the_user_has_set_counts(start_sites, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    mine = start_sites(workers_per_site=1)
+    names = ("MALLOC_TRIM_THRESHOLD_", "OMP_NUM_THREADS")
+    found = mine.client.run(lambda: [os.environ.get(name) for name in names])
+    assert list(found.values()) == [["65536", "3"]] * 2
+
+
 def test_everything_listens_on_the_loopback_address_only(sites):
     addresses = [sites.mesh.scheduler_address, *sites.workers("a").values(), *sites.workers("b").values()]
     assert all(address.startswith("tcp://127.0.0.1:") for address in addresses)

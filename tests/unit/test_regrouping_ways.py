@@ -12,7 +12,7 @@ import pytest
 from dask.local import get_sync
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from regrouped import blocks_of, expression, plan, series
+from regrouped import blocks_of, expression, plan, sent, series
 
 from meshcompute.clients import pool
 from meshcompute.graphs.reductiontrees import cheapest_ways
@@ -31,13 +31,8 @@ def table_of(prices: dict[tuple[str, str], float]) -> dict[str, Any]:
 def spent(assignment: Assignment) -> float:
     """Bytes times price of what a plan sends between pools."""
     pools = assignment.pool_by_key
-    sent = {
-        (dep, pools[key])
-        for key, task in assignment.tasks.items()
-        for dep in task.dependencies
-        if key in pools and pools.get(dep, pools[key]) != pools[key]
-    }
-    return sum(assignment.nbytes_by_key[dep] * (assignment.links.cost(pools[dep], to, 1e9) or 0.0) for dep, to in sent)
+    prices = [(key, assignment.links.cost(pools[key], to, 1e9) or 0.0) for key, to in sent(assignment)]
+    return sum(assignment.nbytes_by_key[key] * price for key, price in prices)
 
 
 def wanted_at_d(make: Callable[[da.Array], da.Array], pools: str = "abcd", n: int = 24) -> tuple[da.Array, Any]:
